@@ -30,11 +30,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.budget import GIB
-from simulator.jit import njit
 from simulator.policy import ExpertStream, Placement
 from simulator.presets import MEASURED, VALUES, Hardware, load_hardware, part_names
 from simulator.presets import PARTS as KINDS
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import ModelInfo
 
 BYTES_OF = {

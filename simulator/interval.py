@@ -29,8 +29,8 @@ from simulator.cost import CostModel
 from simulator.interval_cells import IntervalCells
 from simulator.plan import make_plan
 from simulator.policy import Geometry
-from simulator.recorded import serve_recorded
 from simulator.residency.tide import Tide
+from simulator.streams.recorded import serve_recorded
 from tracer.errors import UserError
 from tracer.schema import DENOISE
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from simulator.cost import CostModel
-from simulator.jit import njit
 from simulator.policy import ExpertStream, Geometry, Placement
 from simulator.residency.tide import Tide
 from simulator.tide_grid import rank_cells
+from tracer.jit import njit
 from tracer.schema import DENOISE
 from tracer.trace import ForwardTable
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from simulator.jit import njit
+from tracer.jit import njit
 
 if TYPE_CHECKING:
     from tracer.trace import RouterSpec

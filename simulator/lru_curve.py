@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from simulator.demand import capacity_and_sizes
-from simulator.gather import geometry_of
+from simulator.caching.demand import capacity_and_sizes
+from simulator.caching.stack_distance import empty_stack, serve_stack
 from simulator.policy import ExpertStream, Geometry
-from simulator.recorded import serve_recorded
 from simulator.residency.lru import Lru
-from simulator.stack_distance import empty_stack, serve_stack
-from simulator.stream import merge_streams
+from simulator.streams.gather import geometry_of
+from simulator.streams.recorded import serve_recorded
+from simulator.streams.stream import merge_streams
 from tracer.errors import UserError
 from tracer.trace import ForwardTable
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from simulator.gather import absent_layer, check_trajectory, gather_layer, geometry_of
-from simulator.jit import njit
 from simulator.plan import make_plan
 from simulator.policy import ExpertStream, Geometry, Selection
 from simulator.registry import describe
-from simulator.stream import build_stream
+from simulator.streams.gather import absent_layer, check_trajectory, gather_layer, geometry_of
+from simulator.streams.stream import build_stream
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.schema import KINDS
 
 if TYPE_CHECKING:

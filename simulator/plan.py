@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulator.cost import CostModel, priced_on
-from simulator.gather import geometry_of
 from simulator.policy import ACTIVE, BRANCHES, CONFIDENCE, SCORES, TOKENS, WEIGHTS, Geometry
 from simulator.registry import describe, load_policy
+from simulator.streams.gather import geometry_of
 from tracer.errors import UserError
 
 LACKS = {

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from simulator.measure_gpu import cuda_torch, gpu_speed
-from simulator.measure_host import (
+from simulator.measuring.gpu import cuda_torch, gpu_speed
+from simulator.measuring.host import (
     EXPERT_BYTES,
     HIDDEN,
     INTERMEDIATE,

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from simulator.cells import RoutedCells
-from simulator.gather import absent_layer, check_trajectory, current_block_rows, gather_layer
-from simulator.placement_tally import PlacementTally
 from simulator.plan import Plan, make_plan
 from simulator.policy import ExpertStream, Selection, Trajectory
 from simulator.registry import describe
 from simulator.result import ReplayResult, cell_columns, forward_columns
 from simulator.runs import make_runs
-from simulator.spool import Spool, StreamSpool
-from simulator.stream import build_stream, merge_streams
-from simulator.summary import RoutingTally
+from simulator.streams.gather import absent_layer, check_trajectory, current_block_rows, gather_layer
+from simulator.streams.spool import Spool, StreamSpool
+from simulator.streams.stream import build_stream, merge_streams
+from simulator.tallies.cells import RoutedCells
+from simulator.tallies.placement_tally import PlacementTally
+from simulator.tallies.summary import RoutingTally
 from tracer.errors import UserError
 from tracer.trace import LayerTrace, Segment
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.cells import PlacedCells, RoutedCells
 from simulator.policy import Trajectory
-from simulator.spool import Spool
+from simulator.streams.spool import Spool
+from simulator.tallies.cells import PlacedCells, RoutedCells
 from tracer.errors import UserError
 from tracer.schema import KINDS
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from simulator.placement_tally import PlacementTally
 from simulator.plan import Plan
 from simulator.registry import describe
 from simulator.result import Run
-from simulator.summary import RoutingTally
+from simulator.tallies.placement_tally import PlacementTally
+from simulator.tallies.summary import RoutingTally
 
 EXACT = "Exact: the recorded experts on the recorded forwards."
 OPEN_LOOP = (

@@ -22,7 +22,7 @@ from tracer.errors import UserError
 if TYPE_CHECKING:
     import polars as pl
 
-    from tracer.reader import Trace
+    from tracer.files.reader import Trace
 
 # A pass over a segment of the largest size takes some 20 MB a routing policy and 2 MB a run.
 ROUTINGS_A_PASS, RUNS_A_PASS = 8, 64

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from simulator.cost import PARTS, priced_on
 from simulator.registry import describe
 from simulator.result import Run
-from simulator.working_set import WINDOWS
+from simulator.tallies.working_set import WINDOWS
 from tracer.errors import UserError
-from tracer.parts import part_path
+from tracer.files.parts import part_path
 from tracer.schema import KINDS
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from tracer.reader import Trace
+    from tracer.files.reader import Trace
 
 Row = dict[str, Any]
 

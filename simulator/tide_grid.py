@@ -22,12 +22,12 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from simulator.gather import geometry_of
-from simulator.jit import njit
 from simulator.policy import ExpertStream, Geometry
-from simulator.recorded import serve_recorded
 from simulator.residency.tide import refreshes
+from simulator.streams.gather import geometry_of
+from simulator.streams.recorded import serve_recorded
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import ForwardTable
 
 if TYPE_CHECKING:

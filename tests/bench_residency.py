@@ -14,12 +14,12 @@ import time
 import numpy as np
 import pytest
 
-from simulator.gather import geometry_of
 from simulator.lru_curve import lru_curve
 from simulator.policy import ExpertStream, Selection
 from simulator.registry import load_policy
 from simulator.residency.tide import Tide
-from simulator.stream import build_stream
+from simulator.streams.gather import geometry_of
+from simulator.streams.stream import build_stream
 from simulator.tide_grid import tide_grid
 from tests.simulator.long_run import EXPERTS, long_run
 

@@ -13,15 +13,15 @@ import numpy as np
 import polars as pl
 
 from tracer.errors import TraceError
-from tracer.forwards import StoredForwards, read_forwards, rule_faults, structure_faults
-from tracer.layers import read_layer
+from tracer.files.forwards import StoredForwards, read_forwards, rule_faults, structure_faults
+from tracer.files.layers import read_layer
+from tracer.files.parts import PartFile
+from tracer.files.routing import KindLayers, key_faults, read_cells
+from tracer.files.segments import segment_cells
+from tracer.files.tidy import INTERRUPTED, requests_frame
+from tracer.files.tokens import read_tokens, token_faults
 from tracer.meta import read_meta
-from tracer.parts import PartFile
-from tracer.routing import KindLayers, key_faults, read_cells
 from tracer.schema import MASKED
-from tracer.segments import segment_cells
-from tracer.tidy import INTERRUPTED, requests_frame
-from tracer.tokens import read_tokens, token_faults
 from tracer.trace import LayerTrace, TraceMeta
 
 MOST_FAULTS = 20

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracer.block_loop import BlockLoop, DecodeResult, Step
-from tracer.decode_checks import check_prompt, generate_arguments
+from tracer.decoding.block_loop import BlockLoop, DecodeResult, Step
+from tracer.decoding.checks import check_prompt, generate_arguments
 
 __all__ = ["DecodeResult", "Step", "decode_llada2", "decode_own", "decode_sdar"]
 
@@ -53,8 +53,8 @@ def decode_llada2(
     mask_id, eos_id : int
         Mask token, and the token that ends the text (None: never).
     block_length, steps, threshold : int, int, float
-        The rule of :func:`tracer.accept.accept`; the quota of a step comes from ``block_length / steps``. (The released LLaDA2
-        code lowers ``steps`` to ``gen_length`` where that is smaller; this loop does not.)
+        The rule of :func:`tracer.decoding.accept.accept`; the quota of a step comes from ``block_length / steps``. (The
+        released LLaDA2 code lowers ``steps`` to ``gen_length`` where that is smaller; this loop does not.)
     temperature, seed : float, int
         0 writes the most probable token. Above it tokens are drawn, reproducibly with a seed. (The released LLaDA2 code draws
         at temperature 1 when told 0; this loop does not.)

@@ -1,6 +1,6 @@
 """The file layer's two doors: ``open_trace`` and ``TraceWriter``. The format is described by :mod:`tracer.schema`."""
 
-from tracer.reader import Trace, open_trace
-from tracer.writer import TraceWriter
+from tracer.files.reader import Trace, open_trace
+from tracer.files.writer import TraceWriter
 
 __all__ = ["Trace", "TraceWriter", "open_trace"]

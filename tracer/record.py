@@ -1,7 +1,7 @@
 """Record what a model's routers decide: ``with record(model, "out.trace") as recorder:`` around any decoding.
 
 The model computes exactly what it would without the recorder. Loops of :mod:`tracer.decode` tell the recorder what they
-accepted; any other loop is followed by the default rules of :mod:`tracer.step_states`.
+accepted; any other loop is followed by the default rules of :mod:`tracer.recording.step_states`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from tracer.errors import UserError
-from tracer.recorder import Recorder, RecordOptions
+from tracer.recording.recorder import Recorder, RecordOptions
 from tracer.schema import LEVELS
 
 __all__ = ["Recorder", "record"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tracer.reader import Trace
+from tracer.files.reader import Trace
 from tracer.schema import KINDS
 
 
@@ -14,7 +14,7 @@ def describe(trace: Trace) -> dict[str, Any]:
     Parameters
     ----------
     trace : Trace
-        From :func:`tracer.reader.open_trace`.
+        From :func:`tracer.files.reader.open_trace`.
 
     Returns
     -------

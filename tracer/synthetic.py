@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from tracer.errors import UserError
+from tracer.files.writer import TraceWriter
 from tracer.schema import DECODED, LEVELS, MASKED, PROMPT, SCORE_FUNCTIONS, TABLES
 from tracer.synthetic_sets import Recipe
-from tracer.writer import TraceWriter
 
 MASK_ID, EOS_ID, FIRST_TOKEN, VOCABULARY = 1, 2, 3, 1000
 THRESHOLD = 0.95

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from tracer.cells import active_columns
+from tracer.files.cells import active_columns
+from tracer.jit import njit
 
 # selection scores of chosen experts and of all others: two of the others never outweigh one chosen, so groups agree too
 CHOSEN_LOW, CHOSEN_HIGH, OTHERS_HIGH = 0.5, 0.95, 0.24
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _uniform(state):
     """Next number in [0, 1) of a splitmix64 stream; ``state`` uint64 [1]."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -27,7 +27,7 @@ def _uniform(state):
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _advance(sets, strengths, drawn, rows, cumulated, temporal, spatial, groups, limit, state, out_ids, out_strengths):
     """One step of the sets of ``rows`` in every layer, written out by descending strength.
 
@@ -97,7 +97,7 @@ def _advance(sets, strengths, drawn, rows, cumulated, temporal, spatial, groups,
                 drawn[p] = True
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _fill_scores(ids, strengths, popularity, bias, softmax, state, scores):
     """Scores float32 [L, n, E] around the chosen ids and strengths [L, n, K]; ``bias`` [L, E] is what selection adds."""
     layers, rows, top_k = ids.shape

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from simulator.jit import njit
+from tracer.jit import njit
 
 
 @njit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.metrics.kernels import popcount
-from simulator.jit import njit
+from tracer.jit import njit
 
 
 @njit

@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from simulator.jit import njit
+from tracer.jit import njit
 
 
 def _count_bits(typing_context, word):

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from simulator.jit import njit
+from tracer.jit import njit
 
 UNWANTED = 1 << 40
 """Rank of an expert without load: beyond every budget."""

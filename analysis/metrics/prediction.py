@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.jit import njit
+from tracer.jit import njit
 
 
 @njit

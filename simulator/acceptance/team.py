@@ -5,7 +5,7 @@ vanilla's own, so row states are exact. With it, states vanilla never saw take p
 the latest vanilla step of the block whose known set they contain; a position known there but masked at that step takes its
 router row from its first forward as a real token. Rows outside the current block (no KV cache) are computed in a block's first
 forward and reused until its commit forward. A run recorded under TEAM itself keeps its forwards, see
-:mod:`simulator.recorded_team`.
+:mod:`simulator.speculation.recorded_team`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.acceptance.recorded import Recorded
-from simulator.blocks import BlockTable, block_table
 from simulator.policy import CONFIDENCE, TOKENS, Geometry, Trajectory
-from simulator.recorded_team import recorded_team, recorded_under_team
-from simulator.simulated import Walk, simulated_trajectory
-from simulator.speculation import BRANCHES, fewest_forwards, row_states, walk
+from simulator.speculation.blocks import BlockTable, block_table
+from simulator.speculation.recorded_team import recorded_team, recorded_under_team
+from simulator.speculation.simulated import Walk, simulated_trajectory
+from simulator.speculation.walk import BRANCHES, fewest_forwards, row_states, walk
 from tracer.errors import UserError
 from tracer.schema import DENOISE
 from tracer.trace import Segment

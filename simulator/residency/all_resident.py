@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simulator.budget import Budgeted
-from simulator.placement import fixed
+from simulator.caching.placement import fixed
 from simulator.policy import ExpertStream, Geometry, Placement
 from tracer.errors import UserError
 from tracer.trace import ForwardTable

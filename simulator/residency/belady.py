@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from simulator.budget import Budgeted
-from simulator.demand import capacity_and_sizes, demand_placement
-from simulator.heap import Ranked, Rule, empty, serve
-from simulator.jit import njit
+from simulator.caching.demand import capacity_and_sizes, demand_placement
+from simulator.caching.heap import Ranked, Rule, empty, serve
 from simulator.policy import ExpertStream, Geometry, Placement
+from tracer.jit import njit
 from tracer.trace import ForwardTable
 
 NEVER = np.iinfo(np.uint32).max

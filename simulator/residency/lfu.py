@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from simulator.budget import Budgeted
-from simulator.demand import capacity_and_sizes, demand_placement
-from simulator.heap import Ranked, Rule, empty, serve
+from simulator.caching.demand import capacity_and_sizes, demand_placement
+from simulator.caching.heap import Ranked, Rule, empty, serve
 from simulator.policy import ExpertStream, Geometry, Placement
 from tracer.trace import ForwardTable
 

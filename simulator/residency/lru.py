@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from simulator.budget import Budgeted
-from simulator.demand import capacity_and_sizes, demand_placement
-from simulator.jit import njit
+from simulator.caching.demand import capacity_and_sizes, demand_placement
 from simulator.policy import ExpertStream, Geometry, Placement
+from tracer.jit import njit
 from tracer.trace import ForwardTable
 
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simulator.budget import Budgeted
-from simulator.jit import njit
 from simulator.policy import ExpertStream, Geometry, Placement
 from simulator.residency.tide import _serve
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.schema import COMMIT, DECODE, PREFILL
 from tracer.trace import ForwardTable
 

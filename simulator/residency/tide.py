@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simulator.budget import Budgeted
-from simulator.jit import njit
 from simulator.policy import ExpertStream, Geometry, Placement
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.schema import COMMIT, DECODE, PREFILL
 from tracer.trace import ForwardTable
 

@@ -13,12 +13,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.coresets import check_block_length, check_kept, list_members, plain_top, route_inside, shared_rows
-from simulator.jit import njit
 from simulator.kernels import router_arrays
 from simulator.policy import ACTIVE, Geometry, Selection, Trajectory
-from simulator.reselect import recorded_scores
+from simulator.selecting.coresets import (
+    check_block_length,
+    check_kept,
+    list_members,
+    plain_top,
+    route_inside,
+    shared_rows,
+)
+from simulator.selecting.reselect import recorded_scores
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import LayerTrace
 
 

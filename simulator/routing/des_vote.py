@@ -15,11 +15,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.coresets import all_scores, check_block_length, list_members, plain_top, route_inside, shared_rows
-from simulator.jit import njit
 from simulator.kernels import router_arrays
 from simulator.policy import SCORES, Geometry, Selection, Trajectory
+from simulator.selecting.coresets import (
+    all_scores,
+    check_block_length,
+    list_members,
+    plain_top,
+    route_inside,
+    shared_rows,
+)
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import LayerTrace
 
 

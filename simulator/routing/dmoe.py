@@ -15,12 +15,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.chunks import chunk_rows
-from simulator.jit import njit
 from simulator.kernels import WIDTH, kth_largest, router_arrays, select_tile, tile_scratch
 from simulator.policy import ACTIVE, Geometry, Selection, Trajectory
-from simulator.reselect import copied_selection, recorded_scores, refuse_missing_score
+from simulator.selecting.chunks import chunk_rows
+from simulator.selecting.reselect import copied_selection, recorded_scores, refuse_missing_score
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import LayerTrace
 
 # Lanes of the first pass over a row: two AVX-512 registers of float32.

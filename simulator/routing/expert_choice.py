@@ -15,12 +15,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.coresets import all_scores, check_block_length, shared_rows, weigh_row
-from simulator.jit import njit
 from simulator.kernels import router_arrays
 from simulator.policy import SCORES, Geometry, Selection, Trajectory
-from simulator.reselect import refuse_missing_score
+from simulator.selecting.coresets import all_scores, check_block_length, shared_rows, weigh_row
+from simulator.selecting.reselect import refuse_missing_score
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import LayerTrace
 
 # Selection.count is a byte.

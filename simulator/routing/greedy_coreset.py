@@ -14,11 +14,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.coresets import check_block_length, keep_marked, recorded_weights, shared_rows
-from simulator.jit import njit
 from simulator.kernels import router_arrays
 from simulator.policy import WEIGHTS, Geometry, Selection, Trajectory
+from simulator.selecting.coresets import check_block_length, keep_marked, recorded_weights, shared_rows
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import LayerTrace
 
 

@@ -13,12 +13,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.coresets import keep_marked, recorded_weights
-from simulator.jit import njit
 from simulator.kernels import router_arrays
 from simulator.policy import WEIGHTS, Geometry, Selection, Trajectory
-from simulator.reselect import copied_selection
+from simulator.selecting.coresets import keep_marked, recorded_weights
+from simulator.selecting.reselect import copied_selection
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import LayerTrace
 
 

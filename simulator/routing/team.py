@@ -15,13 +15,13 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.acceptance import team as team_acceptance
-from simulator.counting import union_sets
-from simulator.jit import njit
 from simulator.kernels import router_arrays, select_experts
 from simulator.policy import ACTIVE, SCORES, Geometry, Selection, Trajectory
-from simulator.recorded_team import check_experts, check_rows, other_parameters, recorded_under_team
-from simulator.reselect import copied_selection, recorded_scores, recorded_selection, refuse_missing_score
+from simulator.selecting.reselect import copied_selection, recorded_scores, recorded_selection, refuse_missing_score
+from simulator.speculation.recorded_team import check_experts, check_rows, other_parameters, recorded_under_team
+from simulator.tallies.counting import union_sets
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import LayerTrace
 
 # The acceptance policy takes the same parameters; its dataclass is their one home.

@@ -11,11 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.jit import njit
 from simulator.kernels import router_arrays, select_tile, tile_scratch
 from simulator.policy import ACTIVE, Geometry, Selection, Trajectory
-from simulator.reselect import copied_selection, recorded_scores, refuse_missing_score
+from simulator.selecting.reselect import copied_selection, recorded_scores, refuse_missing_score
 from tracer.errors import UserError
+from tracer.jit import njit
 from tracer.trace import LayerTrace
 
 

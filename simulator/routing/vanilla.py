@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from simulator.policy import Geometry, Selection, Trajectory
-from simulator.reselect import recorded_selection
+from simulator.selecting.reselect import recorded_selection
 from tracer.trace import LayerTrace
 
 

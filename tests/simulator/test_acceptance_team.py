@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from simulator.acceptance.recorded import Recorded
 from simulator.acceptance.team import LAST_STEP, TeamAcceptance
-from simulator.gather import check_trajectory
+from simulator.streams.gather import check_trajectory
 from tests.builders import block_run
 from tests.simulator.routing_cases import geometry, runs, seeds
 from tracer.errors import UserError

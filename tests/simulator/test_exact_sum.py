@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.exact_sum import ExactSums
+from simulator.tallies.exact_sum import ExactSums
 
 
 def naive_sum(values):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.counting import expert_loads, union_sets, unique_experts
 from simulator.kernels import WIDTH, kth_largest, router_arrays, select_experts
+from simulator.tallies.counting import expert_loads, union_sets, unique_experts
 from tests.builders import route_row, router, scores
 from tests.simulator.routing_cases import seeds, specs
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.gather import geometry_of
 from simulator.parallel import PLACEMENTS, expert_parallel, place_experts, routed_streams
 from simulator.registry import load_policy
+from simulator.streams.gather import geometry_of
 from tests.simulator.traces import random_trace
 from tracer.errors import UserError
 from tracer.schema import DENOISE, KINDS

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from simulator import measure_gpu, measure_host, profile
+from simulator import profile
 from simulator.cost import cost_model
-from simulator.measure_host import Limits
+from simulator.measuring import gpu as measure_gpu
+from simulator.measuring import host as measure_host
+from simulator.measuring.host import Limits
 from simulator.presets import PARTS, load_hardware
 from tests.simulator.traces import meta_of
 from tracer.errors import UserError

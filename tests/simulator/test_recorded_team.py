@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.acceptance.team import TeamAcceptance
-from simulator.recorded_team import quotas_of
 from simulator.replay import replay
 from simulator.routing.team import Team
+from simulator.speculation.recorded_team import quotas_of
 from tests.builders import router
 from tests.simulator.routing_cases import active_only, geometry, recorded, rows_of, seeds, with_layers
 from tests.simulator.team_runs import naive_quota, team_run

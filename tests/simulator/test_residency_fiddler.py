@@ -16,7 +16,7 @@ from simulator.policy import Placement
 from simulator.presets import Line, hardware_names, load_hardware
 from simulator.registry import load_policy
 from simulator.residency.fiddler import Fiddler
-from simulator.stream import merge_streams
+from simulator.streams.stream import merge_streams
 from tests.simulator.traces import geometry, plain_forwards, stream_of
 from tracer.errors import UserError
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.routing.expert_choice import ExpertChoice
-from simulator.stream import build_stream
+from simulator.streams.stream import build_stream
 from tests.builders import router
 from tests.simulator.coreset_cases import (
     at_level_active,

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.acceptance.team import TeamAcceptance
-from simulator.counting import unique_experts
-from simulator.gather import gather_layer
 from simulator.policy import ACTIVE, CONFIDENCE, SCORES, TOKENS
 from simulator.registry import load_policy
 from simulator.routing.team import Team
 from simulator.routing.vanilla import Vanilla
+from simulator.streams.gather import gather_layer
+from simulator.tallies.counting import unique_experts
 from tests.builders import block_run, router
 from tests.simulator.routing_cases import (
     active_only,

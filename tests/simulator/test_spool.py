@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from simulator import spool as spools
-from simulator.spool import Spool, StreamSpool
+from simulator.streams import spool as spools
+from simulator.streams.spool import Spool, StreamSpool
 from tests.simulator.traces import stream_of
 
 

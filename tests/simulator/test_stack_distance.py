@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator import lru_curve as lru_curve_module
-from simulator import stack_distance
-from simulator.gather import geometry_of
+from simulator.caching import stack_distance
 from simulator.lru_curve import lru_curve
 from simulator.policy import Selection
 from simulator.residency.lru import Lru
-from simulator.stream import build_stream, merge_streams
+from simulator.streams.gather import geometry_of
+from simulator.streams.stream import build_stream, merge_streams
 from tests.simulator.long_run import long_run
 from tests.simulator.traces import joined, random_trace
 from tracer.errors import UserError

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from simulator.policy import Selection
 from simulator.registry import load_policy
-from simulator.stream import block_unique, build_stream, merge_streams
-from simulator.touches import sorting_network
+from simulator.streams.stream import block_unique, build_stream, merge_streams
+from simulator.streams.touches import sorting_network
 from tests.simulator.traces import geometry, naive_cell, random_layer, random_trace
 from tracer.errors import UserError
 from tracer.trace import RouterSpec

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from simulator.gather import geometry_of
 from simulator.policy import Selection
 from simulator.residency.tide import Tide
-from simulator.stream import build_stream
+from simulator.streams.gather import geometry_of
+from simulator.streams.stream import build_stream
 from simulator.tide_grid import tide_grid
 from tests.simulator.long_run import long_run
 from tests.simulator.traces import joined, random_trace

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.working_set import WINDOWS, WorkingSets
+from simulator.tallies.working_set import WINDOWS, WorkingSets
 
 E = 9
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.builders import route_row, router, scores
-from tracer.cells import active_columns
+from tracer.files.cells import active_columns
 
 
 @dataclass

@@ -240,7 +240,7 @@ def test_a_failing_disk_surfaces_in_the_caller(tmp_path, monkeypatch):
         failed.set()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tracer.commit.os.fsync", full)
+    monkeypatch.setattr("tracer.files.commit.os.fsync", full)
     with pytest.raises(UserError) as caught:
         recorded.write(writer, 5)
         failed.wait(30)
@@ -256,8 +256,8 @@ def test_a_failing_disk_surfaces_in_the_caller(tmp_path, monkeypatch):
 def test_the_buffer_is_bounded(tmp_path, monkeypatch):
     recorded = record(np.random.default_rng(0), batches=8, batch=1, level="scores")
     gate = threading.Event()
-    commit = sys.modules["tracer.commit"].commit_segment
-    monkeypatch.setattr("tracer.commit.commit_segment", lambda *a: gate.wait(30) and commit(*a))
+    commit = sys.modules["tracer.files.commit"].commit_segment
+    monkeypatch.setattr("tracer.files.commit.commit_segment", lambda *a: gate.wait(30) and commit(*a))
     writer = TraceWriter(tmp_path / "a.trace", recorded.meta, segment_forwards=1, max_buffer_bytes=3000)
     held = []
 

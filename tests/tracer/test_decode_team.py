@@ -10,15 +10,15 @@ from simulator.replay import replay
 from tests.builders import route_row
 from tests.simulator.test_kernels import naive_choose
 from tests.tiny_models import BLOCK, EOS, MASK, block_causal, hooks_left, prompt, tiny_model
-from tracer.accept import accept
 from tracer.check import check
 from tracer.decode import decode_sdar
-from tracer.decode_team import GUESSES, chosen_branch, decode_team
+from tracer.decoding.accept import accept
+from tracer.decoding.team_layers import TeamLayers, choose_inside
+from tracer.decoding.team_loop import GUESSES, chosen_branch, decode_team
 from tracer.errors import UserError
 from tracer.parquet import open_trace
 from tracer.record import record
 from tracer.schema import COMMIT, DENOISE, MASKED
-from tracer.team_layers import TeamLayers, choose_inside
 from tracer.trace import RouterSpec
 
 OPTIONS = {"mask_id": MASK, "block_length": BLOCK, "steps": BLOCK, "threshold": 0.35}
@@ -254,7 +254,7 @@ def test_decoded_rows_keep_the_output_of_the_branch_before():
     seen = []
     handle = block.register_forward_hook(lambda module, args, output: seen.append((len(plans), output[0].clone())))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tracer.decode_team.TeamLayers", Watched)
+        patch.setattr("tracer.decoding.team_loop.TeamLayers", Watched)
         decode_team(model, prompt(11), gen_length=20, limit=False, **OPTIONS)
     handle.remove()
     by_plan = {}

@@ -246,19 +246,19 @@ def test_one_large_part_is_cut_between_blocks(tmp_path, monkeypatch):
     ]
     hand.write_options = {"row_group_size": 3}
     path = hand.write(tmp_path / "one.trace")
-    monkeypatch.setattr("tracer.segments.SEGMENT_DECISIONS", 4 * len(LAYERS) * 2)
+    monkeypatch.setattr("tracer.files.segments.SEGMENT_DECISIONS", 4 * len(LAYERS) * 2)
     trace = open_trace(path)
     # a cut falls wherever no block is open: around each prefill
     assert [s.forwards.forward_id.tolist() for s in trace.segments()] == [[0], [1, 2, 3], [4], [5, 6, 7]]
     assert_same(read_whole(trace), whole)
-    monkeypatch.setattr("tracer.columns.CACHE_BYTES", 0)
-    monkeypatch.setattr("tracer.columns.STREAM_BYTES", 64)
+    monkeypatch.setattr("tracer.files.columns.CACHE_BYTES", 0)
+    monkeypatch.setattr("tracer.files.columns.STREAM_BYTES", 64)
     assert_same(read_whole(open_trace(path)), whole)
 
 
 @pytest.mark.parametrize("cache", [0, 1 << 20])
 def test_layers_are_read_from_several_threads(tmp_path, monkeypatch, cache):
-    monkeypatch.setattr("tracer.columns.CACHE_BYTES", cache)
+    monkeypatch.setattr("tracer.files.columns.CACHE_BYTES", cache)
     hand = Handmade()
     hand.write_options = {"row_group_size": 3}
     trace = open_trace(hand.write(tmp_path / "hand.trace"))

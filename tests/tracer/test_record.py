@@ -22,10 +22,10 @@ from tests.tiny_models import (
 )
 from tracer.check import check
 from tracer.decode import decode_llada2, decode_own, decode_sdar
-from tracer.describe import describe_model
 from tracer.errors import UserError
 from tracer.parquet import open_trace
 from tracer.record import record
+from tracer.recording.describe import describe_model
 
 OPTIONS = {"mask_id": MASK, "eos_id": None, "block_length": BLOCK, "steps": BLOCK, "threshold": 0.9}
 

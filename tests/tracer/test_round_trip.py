@@ -187,7 +187,7 @@ def test_a_huge_block_is_cut_and_put_together(tmp_path):
 
 
 def test_cells_are_split_into_row_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr("tracer.encode.ROW_GROUP_BYTES", 500)
+    monkeypatch.setattr("tracer.files.encode.ROW_GROUP_BYTES", 500)
     recorded = record(np.random.default_rng(4), level="scores", some_unrouted=True)
     with TraceWriter(tmp_path / "a.trace", recorded.meta) as writer:
         recorded.write(writer)

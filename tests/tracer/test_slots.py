@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tracer.recorded import record
-from tracer.cells import active_columns
+from tracer.files.cells import active_columns
 from tracer.parquet import TraceWriter, open_trace
 
 

@@ -1,0 +1,1 @@
+"""What residency policies have in common."""

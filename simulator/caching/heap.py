@@ -1,0 +1,185 @@
+"""Caches that evict by a priority of their own: a binary heap, least priority first, that is put right only when it is asked.
+
+A hit leaves the heap as it is. Keys whose place in it is too late wait in a list until something must go, and a key that comes
+up with a priority that has grown since sinks back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tracer.jit import njit
+
+
+class Ranked(NamedTuple):
+    """Cached keys (expert, or layer * E + expert), all in the heap or in the list of those that wait."""
+
+    priority: np.ndarray  # int64 [keys]
+    uses: np.ndarray  # int64 [keys], batches that needed the key so far
+    inside: np.ndarray  # bool [keys]
+    queued: np.ndarray  # bool [keys], in the heap with no more than its priority
+    heap_priority: np.ndarray  # int64 [4 * keys], as it was when the key was put in
+    heap_key: np.ndarray  # int64 [4 * keys]
+    waits: np.ndarray  # bool [keys], in the list
+    waiting: np.ndarray  # int64 [keys]
+    held: np.ndarray  # int64 [4]: size held, experts held, length of the heap, length of the list
+
+
+class Rule(NamedTuple):
+    """A touched key's priority: the sum of its uses, the number of the batch's first lookup, ``rank[entry]`` and itself, each
+    times the number here. Keys of equal priority may not be; if ``grows``, no touch makes a priority smaller.
+    """
+
+    of_use: int
+    of_lookup: int
+    of_rank: int
+    of_key: int
+    grows: bool
+    forget: bool  # whether an evicted key's uses start anew
+
+
+def empty(keys: int) -> Ranked:
+    """A cache that holds nothing yet."""
+    priority, uses, waiting = (np.zeros(keys, np.int64) for _ in range(3))
+    inside, queued, waits = (np.zeros(keys, bool) for _ in range(3))
+    heap = np.zeros(4 * keys, np.int64)
+    return Ranked(priority, uses, inside, queued, heap, heap.copy(), waits, waiting, np.zeros(4, np.int64))
+
+
+@njit
+def _rise(priorities, keys, end, priority, key):
+    """Put a key in at the end of the heap."""
+    # Unsigned indices spare the test for negative ones, here and below.
+    at = np.uint64(end)
+    while at > 0:
+        above = (at - np.uint64(1)) >> np.uint64(1)
+        if priorities[above] <= priority:
+            break
+        priorities[at] = priorities[above]
+        keys[at] = keys[above]
+        at = above
+    priorities[at] = priority
+    keys[at] = key
+
+
+@njit
+def _sink(priorities, keys, size, start, priority, key):
+    """Put a key in at ``start`` or below, in a heap of ``size`` keys."""
+    at, child, end = np.uint64(start), np.uint64(2 * start + 1), np.uint64(size)
+    while child < end:
+        right = min(child + np.uint64(1), end - np.uint64(1))
+        child = right if priorities[right] < priorities[child] else child
+        if priorities[child] >= priority:
+            break
+        priorities[at] = priorities[child]
+        keys[at] = keys[child]
+        at = child
+        child = at + at + np.uint64(1)
+    priorities[at] = priority
+    keys[at] = key
+
+
+@njit
+def _pack(cache):
+    """Leave in the heap what counts: of each key inside the entry of its latest touch; the heap's new length."""
+    priorities, keys = cache.heap_priority, cache.heap_key
+    for j in range(cache.held[2]):
+        cache.queued[keys[j]] = False
+    kept = 0
+    for j in range(cache.held[2]):
+        key, priority = keys[j], priorities[j]
+        if cache.inside[key] and not cache.queued[key] and priority == cache.priority[key]:
+            cache.queued[key] = True
+            keys[kept] = key
+            priorities[kept] = priority
+            kept += 1
+    for j in range(kept // 2 - 1, -1, -1):
+        _sink(priorities, keys, kept, j, priorities[j], keys[j])
+    return kept
+
+
+@njit
+def _evict_others(cache, forget, last_batch, batch):
+    """Evict all but the batch."""
+    for j in range(cache.held[2] + cache.held[3]):
+        key = cache.heap_key[j] if j < cache.held[2] else cache.waiting[j - cache.held[2]]
+        cache.queued[key] = False
+        cache.waits[key] = False
+        if last_batch[key] != batch:
+            cache.inside[key] = False
+            if forget:
+                cache.uses[key] = 0
+    cache.held[2], cache.held[3] = 0, 0
+
+
+@njit
+def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, cache, hit, promoted, demoted, peak):
+    """Serve batches on demand: load the missing, evict after the batch by least priority, never what the batch touched.
+
+    ``lookups`` is the number of those before the stream. Arrays are taken out of the cache and counters kept apart, as a call
+    that passes the whole cache on costs more than an eviction.
+    """
+    priority, uses, inside, queued, heap_priority, heap_key, waits, waiting, held = cache
+    num_experts = np.uint64(len(inside) // len(sizes))
+    last_batch = np.full(len(inside), -1, np.int64)
+    size_held, keys_held, heaped, listed = held
+    for c in range(len(offsets) - 1):
+        start, stop = offsets[c], offsets[c + 1]
+        layer = cell_layer[c] if len(sizes) > 1 else 0
+        first, size = np.uint64(layer) * num_experts, sizes[layer]
+        missed = 0
+        for i in range(np.uint64(start), np.uint64(stop)):
+            key = first + np.uint64(experts[i])
+            hit[i] = inside[key]
+            missed += not inside[key]
+            inside[key] = True
+            uses[key] += 1
+            of_touch = uses[key] * rule.of_use + np.int64(rank[i]) * rule.of_rank
+            priority[key] = of_touch + (lookups + start) * rule.of_lookup + np.int64(key) * rule.of_key
+            last_batch[key] = c
+        size_held += missed * size
+        keys_held += missed
+        promoted[c] = missed
+        peak[c, 0], peak[c, 1] = size_held, keys_held
+        if size_held > capacity and size * (stop - start) > capacity:
+            held[2], held[3] = heaped, listed
+            _evict_others(cache, rule.forget, last_batch, c)
+            size_held, keys_held, heaped, listed = size * (stop - start), stop - start, 0, 0
+        elif size_held > capacity:
+            # Only where priorities fall are there ever more entries than keys.
+            if heaped + listed > len(heap_key):
+                held[2] = heaped
+                heaped = _pack(cache)
+            for j in range(listed):
+                key = np.uint64(waiting[j])
+                waits[key] = False
+                # The batch's own keys wait again after it.
+                if last_batch[key] != c:
+                    _rise(heap_priority, heap_key, heaped, priority[key], waiting[j])
+                    queued[key] = True
+                    heaped += 1
+            listed = 0
+            while size_held > capacity and heaped > 0:
+                entry, key = heap_priority[0], np.uint64(heap_key[0])
+                if inside[key] and last_batch[key] != c and priority[key] > entry:
+                    _sink(heap_priority, heap_key, heaped, 0, priority[key], heap_key[0])
+                    continue
+                if inside[key] and last_batch[key] != c and priority[key] == entry:
+                    inside[key] = False
+                    uses[key] = 0 if rule.forget else uses[key]
+                    size_held -= sizes[key // num_experts] if len(sizes) > 1 else size
+                    keys_held -= 1
+                queued[key] = False
+                heaped -= 1
+                if heaped > 0:
+                    _sink(heap_priority, heap_key, heaped, 0, heap_priority[heaped], heap_key[heaped])
+        demoted[c] = peak[c, 1] - keys_held
+        for i in range(np.uint64(start), np.uint64(stop)):
+            key = first + np.uint64(experts[i])
+            if not waits[key] and not (rule.grows and queued[key]):
+                waits[key] = True
+                waiting[listed] = np.int64(key)
+                listed += 1
+    held[0], held[1], held[2], held[3] = size_held, keys_held, heaped, listed

@@ -1,0 +1,1 @@
+"""What routing policies that choose experts anew have in common."""

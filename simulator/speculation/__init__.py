@@ -1,0 +1,1 @@
+"""TEAM's speculative decoding, walked over recorded states."""

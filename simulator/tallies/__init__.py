@@ -1,0 +1,1 @@
+"""What replays count and add up."""

@@ -1,0 +1,239 @@
+"""The figures of each (forward, layer): what a selection asks for and what a placement does with it, and nothing else.
+
+F forwards of a segment, N (forward, request) parts, L layers, C cells of a stream; every array [F, L] is filled one layer, one
+column, at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from simulator.policy import ExpertStream, Placement, Selection, Trajectory
+from simulator.streams.stream import block_unique
+from simulator.tallies.counting import unique_experts
+from tracer.errors import UserError
+from tracer.jit import njit
+from tracer.trace import LayerTrace
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedCells:
+    """What a routing policy asks for in a segment, [F, L] each.
+
+    ``kept`` and ``vanilla`` are gate weights of the recorded experts: those still selected, and all; NaN without weights.
+    ``lower`` and ``upper`` are scenario bounds of ``unique``, None where the trajectory has none.
+    """
+
+    present: np.ndarray  # bool
+    assignments: np.ndarray  # int64
+    unique: np.ndarray  # int64
+    in_block: np.ndarray  # int64, unique over the rows of the current block
+    part_in_block: np.ndarray  # int64 [N, L], the same of each request
+    kept: np.ndarray  # float64
+    vanilla: np.ndarray  # float64
+    lower: np.ndarray | None  # int64
+    upper: np.ndarray | None  # int64
+
+    @classmethod
+    def empty(cls, trajectory: Trajectory, layers: int) -> RoutedCells:
+        """Cells to be filled by :func:`fill_routed`."""
+        shape = (trajectory.forwards.num_forwards, layers)
+        counts = [np.zeros(shape, np.int64) for _ in range(5)]
+        bounded = trajectory.bound_rows is not None
+        return cls(
+            present=np.zeros(shape, bool),
+            assignments=counts[0],
+            unique=counts[1],
+            in_block=counts[2],
+            part_in_block=np.zeros((len(trajectory.forwards.block), layers), np.int64),
+            kept=np.full(shape, np.nan),
+            vanilla=np.full(shape, np.nan),
+            lower=counts[3] if bounded else None,
+            upper=counts[4] if bounded else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedCells:
+    """What a residency policy does in a segment, [F, L] each, for the table of cells."""
+
+    gpu_tokens: np.ndarray  # uint32
+    gpu_experts: np.ndarray  # uint16
+    hit_tokens: np.ndarray  # uint32
+    hit_experts: np.ndarray  # uint16
+    promotions: np.ndarray  # uint16
+    demotions: np.ndarray  # uint16
+
+    @classmethod
+    def empty(cls, forwards: int, layers: int) -> PlacedCells:
+        """Cells to be filled by :meth:`fill`."""
+        wide, narrow = np.uint32, np.uint16
+        return cls(*(np.zeros((forwards, layers), kind) for kind in (wide, narrow, wide, narrow, narrow, narrow)))
+
+    def fill(self, stream: ExpertStream, placement: Placement, sums: np.ndarray) -> None:
+        """Fill the cells of a stream, of one layer or of all; ``sums`` from :func:`placed_sums`."""
+        at = stream.cell_forward, stream.cell_layer
+        columns = (*sums[:, :4].T, placement.promotions, placement.demotions)
+        targets = self.gpu_tokens, self.gpu_experts, self.hit_tokens, self.hit_experts, self.promotions, self.demotions
+        for target, column in zip(targets, columns, strict=True):
+            target[at] = column
+
+
+def placed_sums(stream: ExpertStream, placement: Placement, policy: str) -> np.ndarray:
+    """gpu_tokens, gpu_experts, hit_tokens, hit_experts and tokens of each cell, int64 [C, 5].
+
+    Raises
+    ------
+    UserError
+        The placement does not answer every entry and cell of the stream.
+    """
+    number, lookups = len(stream.cell_forward), len(stream.experts)
+    counts = (placement.promotions, placement.demotions, placement.copied_back, placement.resident)
+    of_cells = [array for array in (*counts, placement.refreshed, placement.resident_bytes) if array is not None]
+    if any(len(a) != lookups for a in (placement.hit, placement.on_gpu)) or any(len(a) != number for a in of_cells):
+        raise UserError(
+            f"The residency policy {policy} did not answer {lookups} lookups and {number} cells; "
+            "return one hit and one place a lookup, and one count a cell."
+        )
+    sums = np.zeros((number, 5), np.int64)
+    _sums(stream.offsets, stream.tokens, placement.hit, placement.on_gpu, sums)
+    return sums
+
+
+def fill_routed(
+    cells: RoutedCells,
+    at: int,
+    layer: LayerTrace,
+    selection: Selection,
+    stream: ExpertStream,
+    trajectory: Trajectory,
+    block_rows: np.ndarray | None,
+    num_experts: int,
+    kept: np.ndarray,
+) -> None:
+    """Fill column ``at`` from one layer.
+
+    Parameters
+    ----------
+    cells : RoutedCells
+        Of the segment.
+    at : int
+        Index of the layer in ``Geometry.layers``.
+    layer : LayerTrace
+        Gathered to the trajectory's rows.
+    selection, stream
+        The layer's.
+    trajectory : Trajectory
+        Of the segment.
+    block_rows : np.ndarray, optional
+        bool [R], rows of the current block; None where that is every row.
+    num_experts : int
+        E.
+    kept : np.ndarray
+        int64 [256, 2], added to: of rows with n recorded experts, how many are still selected and how many rows there are.
+    """
+    forwards = trajectory.forwards
+    cells.present[:, at] = layer.present
+    cells.unique[stream.cell_forward, at] = np.diff(stream.offsets)
+    ends = np.concatenate(([0], np.cumsum(stream.tokens, dtype=np.int64)))
+    cells.assignments[stream.cell_forward, at] = np.diff(ends[stream.offsets])
+    if block_rows is None:
+        cells.in_block[:, at] = cells.part_in_block[:, at] = cells.unique[:, at]
+    else:
+        cells.in_block[:, at], cells.part_in_block[:, at] = block_unique(
+            selection, block_rows, forwards.part_rows, forwards.part_offsets, num_experts
+        )
+    _retain(cells, at, layer, selection, trajectory, num_experts, kept)
+    if trajectory.bound_rows is not None and cells.lower is not None and cells.upper is not None:
+        ids = np.ascontiguousarray(layer.expert_ids)
+        for column, rows in zip((cells.lower, cells.upper), trajectory.bound_rows, strict=True):
+            column[:, at] = unique_experts(ids, layer.count, forwards.row_offsets, num_experts, rows)
+
+
+def _retain(
+    cells: RoutedCells,
+    at: int,
+    layer: LayerTrace,
+    selection: Selection,
+    trajectory: Trajectory,
+    num_experts: int,
+    kept: np.ndarray,
+) -> None:
+    recorded = selection.expert_ids is layer.expert_ids and selection.count is layer.count
+    weights = layer.gate_weights
+    if recorded:
+        rows = np.bincount(layer.count, minlength=len(kept))
+        kept += np.stack((rows * np.arange(len(kept)), rows), axis=1)
+        if weights is not None:
+            sums = np.zeros(trajectory.forwards.num_forwards)
+            _gate_sums(layer.count, weights.astype(np.float32), trajectory.forwards.row_offsets, sums)
+            cells.kept[:, at] = cells.vanilla[:, at] = sums
+        return
+    of_kept, of_all = np.zeros((2, trajectory.forwards.num_forwards))
+    _retained(
+        layer.expert_ids,
+        layer.count,
+        np.zeros((0, 0), np.float32) if weights is None else weights.astype(np.float32),
+        selection.expert_ids,
+        selection.count,
+        np.zeros(0, bool) if trajectory.reused is None else trajectory.reused,
+        trajectory.forwards.row_offsets,
+        np.full(num_experts, -1),
+        of_kept,
+        of_all,
+        kept,
+    )
+    if weights is not None:
+        cells.kept[:, at], cells.vanilla[:, at] = of_kept, of_all
+
+
+@njit
+def _sums(offsets, tokens, hit, on_gpu, sums):
+    for c in range(len(offsets) - 1):
+        for i in range(offsets[c], offsets[c + 1]):
+            there, found = np.int64(on_gpu[i]), np.int64(hit[i])
+            sums[c, 0] += there * tokens[i]
+            sums[c, 1] += there
+            sums[c, 2] += found * tokens[i]
+            sums[c, 3] += found
+            sums[c, 4] += tokens[i]
+
+
+@njit
+def _gate_sums(count, weights, row_offsets, sums):
+    """Gate weight of the real slots of each forward."""
+    for f in range(len(sums)):
+        total = 0.0
+        for t in range(row_offsets[f], row_offsets[f + 1]):
+            for k in range(count[t]):
+                total += weights[t, k]
+        sums[f] = total
+
+
+@njit
+def _retained(ids, count, weights, new_ids, new_count, reused, row_offsets, selected, of_kept, of_all, rows_kept):
+    """Recorded experts that are still selected (all of a reused row): their gate weight by forward, their number by row.
+
+    ``rows_kept`` int64 [256, 2]: by recorded experts of a row, those still selected and rows. ``selected`` int64 [E], all -1,
+    is working memory. No weights: an empty array.
+    """
+    weighted = len(weights) > 0
+    for f in range(len(row_offsets) - 1):
+        kept_weight, whole_weight = 0.0, 0.0
+        for t in range(row_offsets[f], row_offsets[f + 1]):
+            for k in range(new_count[t]):
+                selected[new_ids[t, k]] = t
+            whole = len(reused) > 0 and reused[t]
+            kept = 0
+            for k in range(count[t]):
+                still = whole or selected[ids[t, k]] == t
+                kept += still
+                if weighted:
+                    weight = np.float64(weights[t, k])
+                    whole_weight += weight
+                    kept_weight += weight * np.float64(still)
+            rows_kept[count[t], 0] += kept
+            rows_kept[count[t], 1] += 1
+        of_kept[f], of_all[f] = kept_weight, whole_weight

@@ -1,0 +1,171 @@
+"""The figures of a run that depend on residency, added up segment by segment: hits, moves, bytes and estimated seconds.
+
+Source of the metrics: arXiv 2605.20179 (TIDE) for hit rates, also by lag since the last refresh, bytes moved, refreshes with
+fewer active experts than the budget, and GPU tokens a promotion ("promotion utilisation").
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from simulator.cost import PARTS, CostModel
+from simulator.policy import ExpertStream, Geometry, Placement, Trajectory
+from simulator.tallies.cells import PlacedCells, placed_sums
+from simulator.tallies.exact_sum import ExactSums
+from simulator.tallies.summary import ratio
+from tracer.jit import njit
+from tracer.schema import KINDS
+
+# Hit rates by lag are kept for this many forwards of a layer since its last refresh.
+LAGS = 64
+
+TOTALS = ("gpu_tokens", "hit_tokens", "promotions", "demotions", "copied_back", "hit_experts", "lookups")
+GPU_TOKENS, HIT_TOKENS, PROMOTIONS, DEMOTIONS, COPIED_BACK, HIT_EXPERTS, LOOKUPS = range(len(TOTALS))
+
+
+class PlacementTally:
+    """Sums over a run of what a residency policy does with it. L layers.
+
+    A segment is :meth:`begin`, :meth:`serve` of every stream, side by side where streams are single layers, :meth:`end`.
+    """
+
+    def __init__(self, geometry: Geometry, scope: str, costs: list[CostModel]) -> None:
+        layers = len(geometry.layers)
+        self.sizes = np.array([geometry.expert_bytes[layer] for layer in geometry.layers], np.int64)
+        self.scope = scope
+        self.costs = costs
+        self.totals = np.zeros((layers, len(KINDS), len(TOTALS)), np.int64)
+        self.held = np.zeros(layers, np.int64)
+        # Forwards: dense, and everything as the machine orders it. Cells, by layer or over all: the other parts.
+        self.seconds = [ExactSums(2) for _ in costs]
+        self.parts = [[ExactSums(len(PARTS) - 1) for _ in costs] for _ in range(layers)]
+        # Forwards of the layer since its last refresh, -1 before the first; refreshes, and those with A < B.
+        self.lag = np.full(layers, -1, np.int64)
+        self.refreshes = np.zeros((layers, 2), np.int64)
+        self.by_lag = np.zeros((layers, LAGS, 2), np.int64)
+        self._layer_seconds: list[np.ndarray] = []
+        self._cells: PlacedCells | None = None
+
+    def begin(self, trajectory: Trajectory, keep_cells: bool) -> None:
+        """Make room for a segment."""
+        shape = trajectory.forwards.num_forwards, len(self.sizes)
+        self._kind = trajectory.forwards.forward_kind
+        self._layer_seconds = [np.zeros(shape) for _ in self.costs]
+        self._cells = PlacedCells.empty(*shape) if keep_cells else None
+
+    def serve(self, stream: ExpertStream, placement: Placement, policy: str) -> None:
+        """Add a stream, of one layer or of all.
+
+        Raises
+        ------
+        UserError
+            The placement does not answer every entry and cell of the stream.
+        """
+        sums = placed_sums(stream, placement, policy)
+        size = self.sizes[stream.cell_layer]
+        held = placement.resident * size if placement.resident_bytes is None else placement.resident_bytes
+        moved = np.stack((placement.promotions, placement.demotions, placement.copied_back, held))
+        lookups = np.diff(stream.offsets)
+        _add_cells(self._kind[stream.cell_forward], stream.cell_layer, lookups, sums, moved, self.totals, self.held)
+        if placement.refreshed is not None:
+            surplus = lookups < placement.resident
+            _add_lags(stream.cell_layer, placement.refreshed, surplus, sums, self.lag, self.refreshes, self.by_lag)
+        if self._cells is not None:
+            self._cells.fill(stream, placement, sums)
+        first = int(stream.cell_layer[0]) if len(stream.cell_layer) else 0
+        for seconds, parts, cost in zip(self._layer_seconds, self.parts[first], self.costs, strict=True):
+            found = cost.cell_seconds(stream, placement, size)
+            seconds[stream.cell_forward, stream.cell_layer] = cost.layer_seconds(found)
+            parts.add(found)
+
+    def end(self, trajectory: Trajectory) -> PlacedCells | None:
+        """Add up the seconds of a segment's forwards; gives its cells where they are kept."""
+        rows = np.diff(trajectory.forwards.row_offsets)
+        for total, cost, seconds in zip(self.seconds, self.costs, self._layer_seconds, strict=True):
+            dense = cost.dense_seconds(rows)
+            total.add(np.column_stack((dense, dense + seconds.sum(axis=1))))
+        cells, self._layer_seconds, self._cells = self._cells, [], None
+        return cells
+
+    def summary(self, assignments: int) -> dict[str, Any]:
+        """The keys that depend on residency but not on hardware."""
+        of_layer = self.totals.sum(axis=1)
+        total = [int(n) for n in of_layer.sum(axis=0)]
+        of_kind = self.totals.sum(axis=0)
+        gpu, promotions = total[GPU_TOKENS], total[PROMOTIONS]
+        refreshes, surplus = self.refreshes.sum(axis=0).tolist()
+        return {
+            "gpu_tokens": gpu,
+            "cpu_tokens": assignments - gpu,
+            "promotions": promotions,
+            "demotions": total[DEMOTIONS],
+            "hit_rate": ratio(total[HIT_TOKENS], assignments),
+            "expert_hit_rate": ratio(total[HIT_EXPERTS], total[LOOKUPS]),
+            "expert_hit_rate_by_kind": {
+                name: ratio(row[HIT_EXPERTS], row[LOOKUPS])
+                for name, row in zip(KINDS, of_kind, strict=True)
+                if row[LOOKUPS]
+            },
+            "bytes_to_gpu": int(of_layer[:, PROMOTIONS] @ self.sizes),
+            "bytes_to_host": int(of_layer[:, COPIED_BACK] @ self.sizes),
+            # Every layer's slots are its own, so each layer's most adds up; one cache over all layers has one most.
+            "resident_bytes": int(self.held.max() if self.scope == "global" else self.held.sum()),
+            "gpu_tokens_per_promotion": ratio(gpu, promotions),
+            "refreshes": refreshes if refreshes else None,
+            "surplus_refreshes": ratio(surplus, refreshes),
+            "hit_rate_by_lag": self._by_lag(),
+        }
+
+    def _by_lag(self) -> list[float | None] | None:
+        """Share of tokens that hit, by forwards of the layer since its last refresh; None without refreshes."""
+        of_lag = self.by_lag.sum(axis=0)
+        seen = np.flatnonzero(of_lag[:, 1])
+        return [ratio(*row) for row in of_lag[: seen[-1] + 1]] if len(seen) else None
+
+    def latency(self, cost: int | None, accepted: int) -> dict[str, Any]:
+        """The latency keys on one of the cost models; all null without one. ``speedup`` is the result's to fill."""
+        if cost is None:
+            return {"latency_s": None, "latency": None, "tokens_per_s": None, "speedup": None}
+        dense, total = self.seconds[cost].totals()
+        of_layers = zip(*(parts[cost].totals() for parts in self.parts), strict=True)
+        parts = [dense, *(math.fsum(of_part) for of_part in of_layers)]
+        return {
+            "latency_s": total,
+            "latency": dict(zip(PARTS, parts, strict=True)),
+            "tokens_per_s": ratio(accepted, total),
+            "speedup": None,
+        }
+
+
+@njit
+def _add_cells(kind, layer, lookups, sums, moved, totals, held):
+    """Add cells to ``totals`` [L, kinds, 7], columns as in ``TOTALS``, and to the most bytes held [L]."""
+    for c in range(len(kind)):
+        row = totals[layer[c], kind[c]]
+        row[0] += sums[c, 0]
+        row[1] += sums[c, 2]
+        row[2] += moved[0, c]
+        row[3] += moved[1, c]
+        row[4] += moved[2, c]
+        row[5] += sums[c, 3]
+        row[6] += lookups[c]
+        held[layer[c]] = max(held[layer[c]], moved[3, c])
+
+
+@njit
+def _add_lags(layer, refreshed, surplus, sums, lag, refreshes, by_lag):
+    """Count refreshes and add hit and all tokens by the forwards of the layer since its last one."""
+    for c in range(len(refreshed)):
+        at = layer[c]
+        if refreshed[c]:
+            refreshes[at, 0] += 1
+            refreshes[at, 1] += surplus[c]
+            lag[at] = 0
+        elif lag[at] >= 0:
+            lag[at] += 1
+        if lag[at] >= 0 and lag[at] < by_lag.shape[1]:
+            by_lag[at, lag[at], 0] += sums[c, 2]
+            by_lag[at, lag[at], 1] += sums[c, 4]

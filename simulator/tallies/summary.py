@@ -1,0 +1,176 @@
+"""The figures of a run that do not depend on residency, added up segment by segment.
+
+Source of the metrics: arXiv 2605.30876 (dMoE) for unique experts a request, arXiv 2602.08404 (TEAM) for tokens a forward,
+Denning (1968) for working sets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from simulator.policy import ExpertStream, Geometry, Selection, Trajectory
+from simulator.tallies.cells import RoutedCells, fill_routed
+from simulator.tallies.working_set import WorkingSets
+from tracer.jit import njit
+from tracer.schema import COMMIT, DENOISE, KINDS
+from tracer.trace import LayerTrace
+
+# Two-sided 95% quantile of the normal distribution.
+NORMAL_95 = 1.959963984540054
+
+
+class RoutingTally:
+    """Sums over a run of what its trajectory and selections ask for; shared by all residencies."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.num_experts = geometry.num_experts
+        self.sizes = np.array([geometry.expert_bytes[layer] for layer in geometry.layers], np.int64)
+        self.forwards = np.zeros(len(KINDS), np.int64)
+        self.accepted = np.zeros(len(KINDS), np.int64)
+        # By kind: cells, unique experts, unique experts of the current block, assignments.
+        self.cells = np.zeros((len(KINDS), 4), np.int64)
+        self.working_set = 0
+        self.kept = self.vanilla = 0.0
+        self.has_weights = False
+        # Request: denoise cells, unique experts of its calls, unique experts of its own current block.
+        self.requests: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(3, np.int64))
+        self.bound_cells = np.zeros(3, np.int64)
+        self.token_bounds: np.ndarray | None = None
+        layers = len(geometry.layers)
+        self.working_sets = WorkingSets(layers, geometry.num_experts)
+        # By recorded experts of a row: those still selected, and rows.
+        self.rows_kept = np.zeros((layers, 256, 2), np.int64)
+        # Of denoise cells with tokens: sum of largest over mean load, and cells.
+        self.skew = np.zeros((layers, 2))
+
+    def serve(
+        self,
+        cells: RoutedCells,
+        at: int,
+        layer: LayerTrace,
+        selection: Selection,
+        stream: ExpertStream,
+        trajectory: Trajectory,
+        block_rows: np.ndarray | None,
+    ) -> None:
+        """Fill and add up a segment's column ``at``, as :func:`simulator.tallies.cells.fill_routed`; layers may run together."""
+        experts = self.num_experts
+        fill_routed(cells, at, layer, selection, stream, trajectory, block_rows, experts, self.rows_kept[at])
+        self.working_sets.add(at, stream.offsets, stream.experts)
+        denoise = trajectory.forwards.forward_kind[stream.cell_forward] == DENOISE
+        _add_skew(stream.offsets, stream.tokens, denoise, experts, self.skew[at])
+
+    def add(self, trajectory: Trajectory, cells: RoutedCells) -> None:
+        """Add a segment."""
+        forwards = trajectory.forwards
+        kind = forwards.forward_kind if forwards.num_forwards else np.zeros(0, np.uint8)
+        self.forwards += np.bincount(kind, minlength=len(KINDS))
+        np.add.at(self.accepted, forwards.kind, forwards.num_accepted)
+        for column, values in enumerate((cells.present, cells.unique, cells.in_block, cells.assignments)):
+            np.add.at(self.cells[:, column], kind, values.sum(axis=1))
+        self.working_set += int((cells.unique @ self.sizes).sum())
+        if not np.isnan(cells.vanilla).all():
+            self.has_weights = True
+            self.kept += float(np.nansum(cells.kept))
+            self.vanilla += float(np.nansum(cells.vanilla))
+        of_part = forwards.part_forward
+        rows = np.stack(
+            [cells.present.sum(axis=1)[of_part], cells.unique.sum(axis=1)[of_part], cells.part_in_block.sum(axis=1)],
+            axis=1,
+        )
+        denoise = forwards.kind == DENOISE
+        names, at = np.unique(forwards.request_id[denoise], return_inverse=True)
+        sums = np.zeros((len(names), 3), np.int64)
+        np.add.at(sums, at, rows[denoise])
+        for name, row in zip(names.tolist(), sums, strict=True):
+            self.requests[name] += row
+        if cells.lower is not None and cells.upper is not None:
+            of_denoise = kind == DENOISE
+            for column, values in enumerate((cells.present, cells.lower, cells.upper)):
+                self.bound_cells[column] += values[of_denoise].sum()
+        if trajectory.bounds is not None:
+            found = np.array([trajectory.bounds["accepted"], trajectory.bounds["denoise_forwards"]], np.int64)
+            self.token_bounds = found if self.token_bounds is None else self.token_bounds + found
+
+    def summary(self) -> dict[str, Any]:
+        """The keys that do not depend on residency."""
+        of_denoise, of_all = self.cells[DENOISE], self.cells.sum(axis=0)
+        denoise = int(self.forwards[DENOISE])
+        accepted = int(self.accepted[DENOISE])
+        requests = [row for _, row in sorted(self.requests.items()) if row[0]]
+        return {
+            "forwards": int(self.forwards.sum()),
+            "denoise_forwards": denoise,
+            "unique_experts": ratio(of_denoise[1], of_denoise[0]),
+            "unique_experts_block": ratio(of_denoise[2], of_denoise[0]),
+            "unique_experts_all_forwards": ratio(of_all[1], of_all[0]),
+            "unique_experts_block_all_forwards": ratio(of_all[2], of_all[0]),
+            "unique_experts_per_request": ratio(math.fsum(row[2] / row[0] for row in requests), len(requests)),
+            "unique_experts_ci95": _ratio_interval(np.array(requests).reshape(-1, 3)),
+            "tokens_per_forward": ratio(accepted, denoise),
+            "tokens_per_forward_with_commit": ratio(accepted, denoise + int(self.forwards[COMMIT])),
+            "assignments": int(of_all[3]),
+            "working_set_bytes": ratio(self.working_set, int(self.forwards.sum())),
+            "gate_retained": (ratio(self.kept, self.vanilla) if self.vanilla else 1.0) if self.has_weights else None,
+            "experts_retained": self._experts_retained(),
+            "load_skew": ratio(math.fsum(self.skew[:, 0].tolist()), self.skew[:, 1].sum()),
+            "working_set_experts": self.working_sets.means(),
+        }
+
+    def _experts_retained(self) -> float | None:
+        """Mean share of a row's recorded experts that are still selected, over layers and rows with any."""
+        kept, rows = self.rows_kept.sum(axis=0)[1:].T.tolist()
+        shares = sum((Fraction(n, size) for size, n in enumerate(kept, start=1)), Fraction(0))
+        return float(shares / sum(rows)) if any(rows) else None
+
+    def bounds(self) -> dict[str, Any] | None:
+        """Scenario bounds of tokens a forward and unique experts, or None."""
+        if self.token_bounds is None and not self.bound_cells[0]:
+            return None
+        tokens = None
+        if self.token_bounds is not None:
+            tokens = [ratio(*pair) for pair in self.token_bounds.T]
+        experts = [ratio(n, self.bound_cells[0]) for n in self.bound_cells[1:]] if self.bound_cells[0] else None
+        return {"tokens_per_forward": tokens, "unique_experts": experts}
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """A quotient as a plain float; None where nothing is divided by."""
+    return float(part) / float(whole) if whole else None
+
+
+def _ratio_interval(requests: np.ndarray) -> list[float] | None:
+    """95% interval of unique experts over requests: normal approximation of a ratio of sums (linearised variance).
+
+    Parameters
+    ----------
+    requests : np.ndarray
+        int64 [requests, 3]: cells and unique experts first. None is returned for fewer than two.
+    """
+    if len(requests) < 2:
+        return None
+    cells, unique = requests[:, 0].astype(np.float64), requests[:, 1].astype(np.float64)
+    mean = unique.sum() / cells.sum()
+    spread = ((unique - mean * cells) ** 2).sum() / (len(requests) - 1)
+    error = NORMAL_95 * math.sqrt(spread / len(requests)) / cells.mean()
+    return [float(mean - error), float(mean + error)]
+
+
+@njit
+def _add_skew(offsets, tokens, counted, num_experts, skew):
+    """Add largest over mean load, of all experts, of every counted cell with tokens; and the number of such cells."""
+    for c in range(len(counted)):
+        if not counted[c]:
+            continue
+        total, most = np.int64(0), np.int64(0)
+        for i in range(offsets[c], offsets[c + 1]):
+            total += tokens[i]
+            most = max(most, np.int64(tokens[i]))
+        if total > 0:
+            skew[0] += most * num_experts / total
+            skew[1] += 1

@@ -1,0 +1,1 @@
+"""Decoding loops, piece by piece."""

@@ -1,0 +1,1 @@
+"""Hooks on a model and what becomes of its calls."""

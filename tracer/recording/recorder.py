@@ -1,0 +1,290 @@
+"""The recorder of a run: its requests, a loop's notes, and what meta.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tracer.adapters.find import find_gates
+from tracer.adapters.gate import setting, text_config
+from tracer.adapters.gemma import follow_sampler
+from tracer.errors import UserError
+from tracer.memory import MemoryWriter
+from tracer.recording.describe import describe_model, describe_run
+from tracer.recording.follow_generate import follow_generate
+from tracer.recording.hooks import Hooks
+from tracer.recording.sink import Sink
+from tracer.schema import KINDS, SCHEMA_VERSION, STOP_REASONS, TABLES
+
+
+@dataclass(slots=True)
+class RecordOptions:
+    """How to record; see :func:`tracer.record.record`."""
+
+    level: str = "ids"
+    decoding: dict[str, Any] = field(default_factory=dict)
+    model_id: str | None = None
+    revision: str | None = None
+    adapter: Callable | None = None
+    force: bool = False
+    append: bool = False
+    first_request: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Recorder:
+    """What ``with record(...) as recorder`` gives: tells requests apart, takes a loop's notes, knows what was written."""
+
+    def __init__(self, model: nn.Module, out: Any, options: RecordOptions):
+        self._model, self._out, self._options = model, out, options
+        self.gates = find_gates(model)
+        self.decoding = _decoding(model, options.decoding)
+        first_request = _first_request(out, options)
+        self.sink = Sink(self.gates, options.level, self.decoding, first_request, self._open_writer)
+        self.states = self.sink.states
+        self.hooks = Hooks(
+            model,
+            self.gates,
+            with_scores=options.level != "ids",
+            adapter=options.adapter,
+            mask_id=self.decoding["mask_id"],
+            block_length=self.decoding["block_length"],
+            on_call=self.sink.take,
+        )
+        listen = lambda: self.hooks.noted_roles.add("decoder")  # noqa: E731
+        self._restore = [follow_sampler(model, listen, self.note), follow_generate(model, self)]
+
+    # What a decoding loop says.
+
+    def begin(self, prompt_tokens: int | None = None, dataset: str | None = None, prompt: str | None = None) -> None:
+        """Open a request of one sequence. One just opened by :meth:`request` and not used yet is taken over."""
+        self.catch_up()
+        fresh = self.states.sequences
+        if len(fresh) == 1 and fresh[0].explicit and fresh[0].calls == 0:
+            if fresh[0].prompt_tokens is None:
+                fresh[0].prompt_tokens = prompt_tokens
+            return
+        self.states.begin(prompt_tokens, dataset, prompt)
+
+    @contextmanager
+    def request(
+        self, dataset: str | None = None, prompt_tokens: int | None = None, prompt: str | None = None
+    ) -> Iterator[Recorder]:
+        """The model calls inside are one request. ``prompt`` is stored as given; leave it out to keep no text."""
+        self.catch_up()
+        self.states.begin(prompt_tokens, dataset, prompt)
+        opened = self.states.sequences[0]
+        try:
+            yield self
+        except Exception:
+            self.hooks.abandon_call()
+            self.catch_up()
+            if opened in self.states.sequences:
+                self.states.finish(stop_reason="error")
+            raise
+        self.catch_up()
+        if opened in self.states.sequences:
+            self.states.finish()
+
+    def finish(
+        self,
+        output_ids: torch.Tensor | np.ndarray | list | None = None,
+        *,
+        generated: int | None = None,
+        stop_reason: str | None = None,
+    ) -> None:
+        """End the request under way.
+
+        Parameters
+        ----------
+        output_ids : int [length] or [B, length], optional
+            The loop's result, with or without the prompt in front; settles what the last call accepted.
+        generated : int, optional
+            Tokens generated; by default counted.
+        stop_reason : str, optional
+            "eos", "length" or "error"; by default "eos" when the end token was generated.
+        """
+        if stop_reason is not None and stop_reason not in STOP_REASONS:
+            raise UserError(f"stop_reason must be one of {', '.join(STOP_REASONS)}, not '{stop_reason}'.")
+        self.catch_up()
+        if output_ids is None:
+            self.states.finish(generated=generated, stop_reason=stop_reason)
+            return
+        if not self.states.sequences:
+            # The model's own generate has ended the request already.
+            return
+        output = np.atleast_2d(torch.as_tensor(output_ids).detach().cpu().numpy().astype(np.int64))
+        if len(output) != len(self.states.sequences):
+            raise UserError(f"finish() got {len(output)} outputs for {len(self.states.sequences)} sequences under way.")
+        written = self._written(output)
+        self.states.finish(output, written=written, generated=generated, stop_reason=stop_reason)
+
+    def announce(self, kind: str, block: int = -1, step: int = -1) -> None:
+        """Say what the next model call is; a "denoise" call must be followed by :meth:`note`."""
+        if kind not in KINDS:
+            raise UserError(f"A call is one of {', '.join(KINDS)}, not '{kind}'.")
+        self.hooks.announced = (kind, block, step)
+
+    @torch.no_grad()
+    def note(
+        self,
+        *,
+        predicted_ids: torch.Tensor,
+        confidence: torch.Tensor,
+        accepted: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
+        argmax_ids: torch.Tensor | None = None,
+        argmax_confidence: torch.Tensor | None = None,
+        settle: bool = False,
+    ) -> None:
+        """Say what came of the model call before: all [B, R], for its last R rows, the current block.
+
+        Parameters
+        ----------
+        predicted_ids, confidence : int, float
+            The token the loop would write at each row and its probability.
+        accepted : bool
+            Masked before and kept after this call.
+        kept : bool
+            For loops without a mask token: rows whose token goes on; the others count as masked in the next call.
+        argmax_ids, argmax_confidence : optional
+            The most probable token and its probability, where it may be another.
+        settle : bool
+            Everything still masked is kept as the argmax when the block is left.
+        """
+        batch = len(self.hooks.current_call().token_ids)
+        given = {"predicted_ids": predicted_ids, "confidence": confidence, "accepted": accepted, "kept": kept}
+        if argmax_ids is not None and argmax_ids is not predicted_ids:
+            given |= {"argmax_ids": argmax_ids, "argmax_confidence": argmax_confidence}
+        self.hooks.note({k: v.reshape(batch, -1) for k, v in given.items() if v is not None}, settle)
+
+    # What is known.
+
+    @property
+    def calls(self) -> list:
+        """The calls of a recording kept in memory."""
+        return self.sink.writer.calls if isinstance(self.sink.writer, MemoryWriter) else []
+
+    @property
+    def requests(self) -> list[dict]:
+        """The finished requests of a recording kept in memory."""
+        return self.sink.writer.requests if isinstance(self.sink.writer, MemoryWriter) else []
+
+    @property
+    def num_forwards(self) -> int:
+        """Model calls handed to the writer."""
+        return self.sink.num_forwards
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have ended."""
+        return self.sink.num_requests
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes on disk so far."""
+        return int(getattr(self.sink.writer, "bytes_written", 0))
+
+    @property
+    def unresolved(self) -> int:
+        """Masked tokens whose fate never became known, because the loop ended without telling its output."""
+        return self.states.unresolved
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """meta.json; exact once every router has seen a call."""
+        options = self._options
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "complete": False,
+            "capture_level": options.level,
+            **describe_model(self._model, self.gates, model_id=options.model_id, revision=options.revision),
+            "score_dtype": None if options.level == "ids" else "float32",
+            "tables": list(TABLES),
+            "decoding": self.decoding,
+            "provenance": {**describe_run(self._model), **options.provenance},
+            **options.meta,
+        }
+
+    def _written(self, output: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the last call's block rows hold in the output, and the probabilities that call gave it."""
+        logits = self.hooks.block_logits
+        if logits is None or len(logits.positions) != len(output):
+            return None
+        whole = [s.whole(row, None)[0] for s, row in zip(self.states.sequences, output, strict=True)]
+        tokens = np.full((len(whole), max(len(row) for row in whole)), -1, np.int64)
+        for b, row in enumerate(whole):
+            tokens[b, : len(row)] = row
+        places = torch.arange(tokens.shape[1], device=logits.positions.device).expand(tokens.shape)
+        token, probability = logits.written(torch.from_numpy(tokens).to(places.device), places)
+        self.hooks.block_logits = None
+        return token.cpu().numpy(), probability.cpu().numpy()
+
+    def _open_writer(self) -> Any:
+        if hasattr(self._out, "add_call"):
+            return self._out
+        if self._out is None:
+            return MemoryWriter(self.meta)
+        from tracer.parquet import TraceWriter
+
+        return TraceWriter(Path(self._out), self.meta, force=self._options.force, append=self._options.append)
+
+    def catch_up(self) -> None:
+        """Close the call under way and work out all calls so far."""
+        self.hooks.end_call()
+        self.sink.absorb()
+
+    def close(self, clean: bool) -> None:
+        """Take the hooks off and close the trace; ``clean`` False keeps what is complete and marks the rest interrupted."""
+        complete = False
+        try:
+            if not clean:
+                self.hooks.abandon_call()
+            self.catch_up()
+            if clean:
+                self.states.finish()
+            else:
+                self.states.abandon()
+            complete = clean
+        finally:
+            self.hooks.close()
+            for restore in self._restore:
+                restore()
+            self.sink.close(complete)
+
+
+def _decoding(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """The section ``decoding``: what the user said, completed from the model's configuration."""
+    config, outer = text_config(model), getattr(model, "config", None)
+    names = {
+        "block_length": ("block_length", "block_size", "canvas_length"),
+        "mask_id": ("mask_token_id",),
+        "eos_id": ("eos_token_id",),
+    }
+    found = {key: setting(alternatives, config, outer) for key, alternatives in names.items()}
+    return {**found, **{key: value for key, value in given.items() if value is not None or key not in found}}
+
+
+def _first_request(out: Any, options: RecordOptions) -> int:
+    """Number of the first request; refuses a trace that is there before the model runs rather than after."""
+    known = options.first_request
+    if out is None or hasattr(out, "add_call") or not (Path(out) / "meta.json").exists():
+        return known or 0
+    if options.append:
+        from tracer.parquet import open_trace
+
+        numbers = open_trace(out).requests["request_id"]
+        return max(numbers.to_list(), default=-1) + 1 if known is None else known
+    if not options.force:
+        raise UserError(f"{out} exists: use force to replace the trace, append to go on with it, or another name.")
+    return known or 0

@@ -1,0 +1,113 @@
+"""From finished model calls to the writer: copies awaited, states worked out, score columns chosen, the trace opened."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from tracer.adapters.gate import GateSet
+from tracer.files.cells import active_columns
+from tracer.recording.device_call import DeviceCall
+from tracer.recording.host_call import HostCall
+from tracer.recording.step_states import StepStates
+from tracer.recording.transfer import HostCopy
+
+PREDICTIONS = ("first_row", "argmax_ids", "argmax_confidence", "predicted_ids", "confidence", "accepted", "kept")
+
+
+class Sink:
+    """Takes calls from the hooks and hands them to a writer, which ``open_writer`` makes when all routers are known."""
+
+    def __init__(
+        self, gates: GateSet, level: str, decoding: dict[str, Any], first_request: int, open_writer: Callable[[], Any]
+    ):
+        self.gates, self.level, self._open_writer = gates, level, open_writer
+        self.writer: Any = None
+        self.num_forwards = self.num_requests = 0
+        self._held: deque[tuple[str, tuple]] = deque()
+        self._pending: deque[tuple[DeviceCall, list[list[int]], HostCopy]] = deque()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.states = StepStates(
+            mask_id=decoding["mask_id"],
+            eos_id=decoding["eos_id"],
+            block_length=decoding["block_length"],
+            write_call=self._write_call,
+            write_request=self._write_request,
+            next_request=first_request,
+        )
+
+    @torch.no_grad()
+    def take(self, call: DeviceCall) -> None:
+        """Start copying a finished call; on CUDA the copy is only waited for when the next call has ended too."""
+        copy = HostCopy(call.tensors(self.level != "ids"), self._streams)
+        self._pending.append((call, call.layer_places(), copy))
+        call.routings = {}
+        self.absorb(keep=1 if call.token_ids.device.type == "cuda" else 0)
+
+    def absorb(self, keep: int = 0) -> None:
+        """Work out all calls but the last ``keep``."""
+        while len(self._pending) > keep:
+            call, places, copy = self._pending.popleft()
+            self.states.add(self._host_call(call, places, copy.arrays()))
+
+    def close(self, complete: bool) -> None:
+        """Write what is held back and close the writer."""
+        if self.writer is None and self._held:
+            self.writer = self._open_writer()
+        self._release()
+        if self.writer is not None:
+            self.writer.close(complete=complete)
+
+    def _host_call(self, call: DeviceCall, places: list[list[int]], arrays: dict[str, np.ndarray]) -> HostCall:
+        routing: dict[int, dict] = {}
+        for number, chosen in enumerate(places):
+            for row, place in enumerate(chosen):
+                ids = arrays[f"ids{number}"][row]
+                routing[call.gates[place].layer] = {
+                    "expert_ids": ids if ids.dtype == np.uint8 else ids.astype(np.uint16),
+                    "gate_weights": arrays[f"weights{number}"][row] if f"weights{number}" in arrays else None,
+                    "router_scores": arrays[f"scores{number}"][row] if f"scores{number}" in arrays else None,
+                    "score_experts": None,
+                    "routed": None,
+                }
+        if self.level == "active":
+            bias = {gate.layer: gate.router.expert_bias if gate.router else None for gate in call.gates}
+            for layer, cell in routing.items():
+                columns = active_columns(cell["expert_ids"], cell["router_scores"], bias[layer])
+                cell["router_scores"] = np.ascontiguousarray(cell["router_scores"][:, columns])
+                cell["score_experts"] = columns.astype(cell["expert_ids"].dtype)
+        return HostCall(
+            token_ids=arrays["token_ids"],
+            positions=arrays["positions"],
+            kv_tokens=call.kv_tokens,
+            routing=dict(sorted(routing.items())),
+            duration_ns=call.duration_ns(),
+            announced=call.announced,
+            settle=call.settle,
+            written=(arrays["written_ids"], arrays["written_confidence"]) if "written_ids" in arrays else None,
+            **{name: arrays[name] for name in PREDICTIONS if name in arrays},
+        )
+
+    def _write_call(self, parts: list[dict], tokens: dict[str, np.ndarray], routing: dict[int, dict]) -> None:
+        self.num_forwards += 1
+        self._write("add_call", parts, tokens, routing)
+
+    def _write_request(self, row: dict) -> None:
+        self.num_requests += 1
+        self._write("add_request", row)
+
+    def _write(self, method: str, *arguments: Any) -> None:
+        self._held.append((method, arguments))
+        # meta.json states the routers' rule, so it waits until every router has seen a call.
+        if self.writer is None and all(gate.read is not None or gate.source == "experts" for gate in self.gates.gates):
+            self.writer = self._open_writer()
+        self._release()
+
+    def _release(self) -> None:
+        while self.writer is not None and self._held:
+            method, arguments = self._held.popleft()
+            getattr(self.writer, method)(*arguments)
