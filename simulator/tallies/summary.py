@@ -58,7 +58,7 @@ class RoutingTally:
         trajectory: Trajectory,
         block_rows: np.ndarray | None,
     ) -> None:
-        """Fill and add up a segment's column ``at``, as :func:`simulator.tallies.cells.fill_routed`; layers may run together."""
+        """Fill and add up a segment's column ``at``, as ``fill_routed`` does; layers may go side by side."""
         experts = self.num_experts
         fill_routed(cells, at, layer, selection, stream, trajectory, block_rows, experts, self.rows_kept[at])
         self.working_sets.add(at, stream.offsets, stream.experts)
