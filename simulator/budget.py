@@ -1,13 +1,18 @@
 """How much fast memory a residency policy may fill: experts per layer, bytes over all layers, or what fits a device.
 
 Source: arXiv 2605.20179 (TIDE) and its released code for the device formula: of a device's memory the weights that are not
-routed experts and a reserve of max(1.5 GiB, 10%) come off, the rest is shared by the MoE layers.
+routed experts and a reserve of max(1.5 GiB, 10%) come off, the rest is shared by the MoE layers. There every layer gets the
+same share; the automatic split by recorded load is ours.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
 
 from simulator.policy import Geometry
 from tracer.errors import UserError
@@ -27,11 +32,15 @@ class Budgeted:
         Bytes of expert weights over all MoE layers.
     vram_gib : float, optional
         Memory of the device in GiB; what TIDE's formula leaves of it is the budget in bytes.
+    split : str, optional
+        "auto": the bytes of all layers together go to the experts with the most recorded tokens a byte, whichever layer they
+        are of, so that a layer of few hot experts gets less than one whose load is spread. Without, every layer gets the same.
     """
 
     budget: int | None = None
     budget_bytes: int | None = None
     vram_gib: float | None = None
+    split: Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget", "budget_bytes", "vram_gib"):
@@ -68,7 +77,8 @@ class Budgeted:
     def experts_per_layer(self, geometry: Geometry, layer: int) -> int:
         """Experts a layer may hold, between 0 and E.
 
-        Bytes are shared out equally: a layer gets floor(bytes / number of MoE layers), and of that whole experts.
+        Bytes are shared out equally: a layer gets floor(bytes / number of MoE layers), and of that whole experts. With
+        ``split="auto"`` they are shared out by :func:`share_out`.
 
         Parameters
         ----------
@@ -80,9 +90,15 @@ class Budgeted:
         Raises
         ------
         UserError
-            No budget is given, or ``vram_gib`` is and the trace does not know ``dense_bytes``.
+            No budget is given, or ``vram_gib`` is and the trace does not know ``dense_bytes``, or the budget is to be split by
+            loads that ``geometry`` does not hold.
         """
         self._check()
+        if self.split == "auto":
+            if geometry.loads is None:
+                raise UserError("split=auto shares a budget out by the loads of a trace; replay one with this policy.")
+            sizes = tuple(geometry.expert_bytes[one] for one in geometry.layers)
+            return share_out(self._total(geometry), sizes, geometry.loads)[layer]
         experts = geometry.num_experts if self.budget is None else int(self.budget)
         allowed = self._bytes(geometry)
         if allowed is not None:
@@ -96,12 +112,53 @@ class Budgeted:
         Raises
         ------
         UserError
-            As :meth:`experts_per_layer`.
+            As :meth:`experts_per_layer`, and where one cache over all layers is to be split.
         """
         self._check()
+        if self.split is not None:
+            raise UserError(
+                "split=auto shares a budget out between layers, and scope=global has no layers; leave one out."
+            )
+        return self._total(geometry)
+
+    def _total(self, geometry: Geometry) -> int:
         whole = geometry.num_experts if self.budget is None else min(int(self.budget), geometry.num_experts)
         allowed = [whole * sum(geometry.expert_bytes[layer] for layer in geometry.layers)]
         in_bytes = self._bytes(geometry)
         if in_bytes is not None:
             allowed.append(in_bytes)
         return min(allowed)
+
+
+@lru_cache(maxsize=64)
+def share_out(total_bytes: int, expert_bytes: tuple[int, ...], loads: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """How many experts each layer may hold where the most loaded ones of all layers come first.
+
+    Experts go by falling tokens a byte, ties to the lowest layer, and are taken as long as they fit; one that does not is left
+    out. Where all experts have the same bytes no other split lets a placement that never changes serve more of these tokens.
+
+    Parameters
+    ----------
+    total_bytes : int
+        Of all layers together.
+    expert_bytes : tuple of int
+        Of an expert of each layer, L.
+    loads : tuple of tuple of int
+        Tokens of each layer's experts, L times E.
+
+    Returns
+    -------
+    tuple of int
+        Experts of each layer, L.
+    """
+    tokens = np.array(loads, np.int64)
+    layers, experts = tokens.shape
+    layer = np.repeat(np.arange(layers), experts)
+    size = np.array(expert_bytes, np.int64)[layer]
+    order = np.lexsort((layer, -tokens.reshape(-1) / size))
+    taken, left = np.zeros(layers, np.int64), int(total_bytes)
+    for at in order.tolist():
+        if size[at] <= left:
+            taken[layer[at]] += 1
+            left -= int(size[at])
+    return tuple(taken.tolist())

@@ -95,7 +95,10 @@ def lru_curve(
     if not asked:
         raise UserError("lru_curve got an empty list of budgets; give at least one.")
     unit = "experts" if budget_bytes is None else "bytes"
-    policies = [Lru(scope=scope, **{"budget" if unit == "experts" else "budget_bytes": one}) for one in asked]
+    if unit == "experts":
+        policies = [Lru(scope=scope, budget=one) for one in asked]
+    else:
+        policies = [Lru(scope=scope, budget_bytes=one) for one in asked]
     curves = _Curves(geometry, policies)
     for _, streams in serve_recorded(trace, curves.begin):
         curves.end(streams)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simulator.cost import CostModel, priced_on
 from simulator.policy import ACTIVE, BRANCHES, CONFIDENCE, SCORES, TOKENS, WEIGHTS, Geometry
 from simulator.registry import describe, load_policy
 from simulator.streams.gather import geometry_of
+from simulator.streams.loads import recorded_loads
 from tracer.errors import UserError
 
 LACKS = {
@@ -98,6 +99,8 @@ def make_plan(
     names = [hardware] if hardware is None or isinstance(hardware, str) else list(hardware)
     machines = [_machine(name, trace) for name in names or [None]]
     geometry = geometry_of(trace)
+    if any(getattr(policy, "split", None) == "auto" for policy in residencies):
+        geometry = replace(geometry, loads=tuple(tuple(of_layer) for of_layer in recorded_loads(trace).tolist()))
     if len(machines) == 1 and machines[0].cost is not None:
         cost = machines[0].cost
         residencies = [p.priced(cost, geometry) if hasattr(p, "priced") else p for p in residencies]

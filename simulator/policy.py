@@ -32,6 +32,8 @@ class Geometry:
     first_block: dict[int, int]  # request -> absolute block, -1 without blocks
     decoding: dict[str, Any]  # meta.json's decoding section
     dense_bytes: int | None = None  # weights that are not routed experts
+    # Recorded tokens of each layer's experts, L times E; None where no policy of the replay asks for them.
+    loads: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ SIMULATED = (
     "Estimate: the forwards are simulated from recorded ones, and open loop: other experts and other tokens would change "
     "hidden states, and with them later routing, which a replay cannot see; nothing here measures accuracy."
 )
+SPLIT = "The budget is shared out by the loads of the replayed run, which a server cannot know beforehand."
 INTERVAL = "unique_experts_ci95 is a normal approximation over requests."
 PUBLISHED = {"dmoe": "dMoE is published fine-tuned with its routing; this is its training-free behaviour."}
 """How a routing policy of the package was published where that differs from what a replay of it shows, by name."""
@@ -63,6 +64,7 @@ def make_runs(
                 notes.append(PUBLISHED[named["routing"]["name"]])
             for policy in (routing, residency):
                 notes += getattr(policy, "notes", ())
+            notes += [SPLIT] if getattr(residency, "split", None) else []
             notes += [INTERVAL] if of_routing["unique_experts_ci95"] else []
             cost = 0
             for machine in plan.machines:
