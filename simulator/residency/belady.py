@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,14 @@ from tracer.jit import njit
 from tracer.trace import ForwardTable
 
 NEVER = np.iinfo(np.uint32).max
+
+
+class LookAhead(NamedTuple):
+    """What a stream needs to know of those after it."""
+
+    cells: int  # before the stream
+    lookups: int  # in it
+    later: np.ndarray  # uint32 [keys], the first cell after it that needs the key, ``NEVER`` without one
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Belady(Budgeted):
 
     requires: ClassVar[frozenset[str]] = frozenset()
     passes: ClassVar[int] = 2
+    ordered: ClassVar[bool] = False
     notes: ClassVar[tuple[str, ...]] = ("belady knows the future: a bound, not something to run.",)
 
     def start(self, geometry: Geometry, layer: int | None) -> Any:
@@ -45,44 +54,62 @@ class Belady(Budgeted):
 
     def fit(
         self, streams: Iterable[ExpertStream], geometry: Geometry, layer: int | None
-    ) -> tuple[Ranked, int, np.ndarray, np.ndarray]:
-        """An empty cache, its capacity, the sizes of experts, and for every lookup of the run the cell of the next one.
+    ) -> tuple[Ranked, int, np.ndarray, tuple[LookAhead, ...]]:
+        """An empty cache, its capacity, the sizes of experts, and what each stream needs to know of those after it.
 
-        Takes four bytes a lookup.
+        Takes four bytes an expert and stream. The streams must then be placed as they are, one by one.
         """
         capacity, sizes = capacity_and_sizes(self, geometry, layer)
         keys = geometry.num_experts * len(sizes)
-        last_entry = np.full(keys, -1, np.int64)
-        cells = entries = 0
-        room = np.zeros(0, np.uint32)
+        several = geometry.num_experts if layer is None else 0
+        found: list[LookAhead] = []
+        cells = 0
         for stream in streams:
-            if entries + len(stream.experts) > len(room):
-                room = np.concatenate((room, np.full(max(len(room), len(stream.experts)), NEVER, np.uint32)))
-            several = geometry.num_experts if layer is None else 0
-            _note_next(stream.offsets, stream.experts, stream.cell_layer, several, cells, entries, last_entry, room)
+            first = np.full(keys, NEVER, np.uint32)
+            _note_first(stream.offsets, stream.experts, stream.cell_layer, several, cells, first)
+            found.append(LookAhead(cells, len(stream.experts), first))
             cells += len(stream.cell_forward)
-            entries += len(stream.experts)
-        return empty(keys), capacity, sizes, room[:entries]
+        later = np.full(keys, NEVER, np.uint32)
+        for n in range(len(found) - 1, -1, -1):
+            first = found[n].later
+            found[n] = found[n]._replace(later=later)
+            later = np.where(first == NEVER, later, first)
+        return empty(keys), capacity, sizes, tuple(found)
 
     def place(
         self, stream: ExpertStream, forwards: ForwardTable, geometry: Geometry, state: Any
     ) -> tuple[Placement, Any]:
         """Serve the cells in order; each is one batch."""
-        cache, (capacity, sizes, next_use) = Ranked(*(a.copy() for a in state[0])), state[1:]
+        cache, (capacity, sizes, ahead) = Ranked(*(a.copy() for a in state[0])), state[1:]
         keys, number = len(cache.inside), len(stream.experts)
-        if len(next_use) < number:
-            raise ValueError(f"The state knows the next use of {len(next_use)} lookups, the stream has {number}.")
+        known = ahead[0] if ahead else LookAhead(0, 0, np.full(keys, NEVER, np.uint32))
+        if known.lookups != number:
+            raise ValueError(f"The state knows the next use of {known.lookups} lookups, the stream has {number}.")
+        next_use = np.empty(number, np.uint32)
+        several, later = geometry.num_experts if len(sizes) > 1 else 0, known.later.copy()
+        _note_next(stream.offsets, stream.experts, stream.cell_layer, several, known.cells, later, next_use)
         rule = Rule(of_use=0, of_lookup=0, of_rank=-keys, of_key=1, grows=False, forget=False)
-        placement = demand_placement(serve, stream, sizes, next_use[:number], rule, 0, capacity, cache)
-        return placement, (cache, capacity, sizes, next_use[number:])
+        placement = demand_placement(serve, stream, sizes, next_use, rule, 0, capacity, cache)
+        return placement, (cache, capacity, sizes, ahead[1:])
 
 
 @njit
-def _note_next(offsets, experts, cell_layer, several, cells, entries, last_entry, next_use):
-    for c in range(len(offsets) - 1):
-        first = np.uint64(cell_layer[c] * several)
+def _note_first(offsets, experts, cell_layer, several, cells, first):
+    """The first cell of a stream that needs each key, counted from ``cells``."""
+    for back in range(len(offsets) - 1):
+        c = len(offsets) - 2 - back
+        base = np.uint64(cell_layer[c] * several)
         for i in range(offsets[c], offsets[c + 1]):
-            key = first + np.uint64(experts[i])
-            if last_entry[key] >= 0:
-                next_use[last_entry[key]] = cells + c
-            last_entry[key] = entries + i
+            first[base + np.uint64(experts[i])] = cells + c
+
+
+@njit
+def _note_next(offsets, experts, cell_layer, several, cells, later, next_use):
+    """For every lookup the cell of the next one; ``later`` is where each key is needed after the stream, and brought back."""
+    for back in range(len(offsets) - 1):
+        c = len(offsets) - 2 - back
+        base = np.uint64(cell_layer[c] * several)
+        for i in range(offsets[c], offsets[c + 1]):
+            key = base + np.uint64(experts[i])
+            next_use[i] = later[key]
+            later[key] = cells + c

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -173,6 +174,46 @@ def test_long_runs_equal_the_naive_ones(name, seed, budget, most):
     policy = load_policy("residency", f"{name}{',' if ':' in name else ':'}budget={budget}")
     found = served(policy, [stream_of(cells)], [plain_forwards(cells)], geometry(E), 0)
     assert found == naive(cells, [0] * len(cells), [1], budget)
+
+
+@given(cells=traces, room=st.integers(0, 120), cuts=st.lists(st.integers(0, 12), max_size=11), shared=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_belady_cut_into_many_segments_equals_the_naive_one_over_the_whole_run(cells, room, cuts, shared):
+    layers, sizes, about = [0] * len(cells), [1], geometry(E)
+    if shared:
+        cells = cells + cells[: len(cells) % 2]
+        layers, sizes = [i % 2 for i in range(len(cells))], [10, 7]
+        about = geometry(E, layers=(3, 5), expert_bytes={3: 10, 5: 7})
+        cuts = [cut // 2 * 2 for cut in cuts]
+    budget = f"scope=global,budget_bytes={room}" if shared else f"budget={room // 15}"
+    bounds = [0, *sorted(min(cut, len(cells)) for cut in cuts), len(cells)]
+    pieces = [slice(*pair) for pair in pairwise(bounds)]
+    streams = [stream_of(cells[piece], layers[piece]) for piece in pieces]
+    forwards = [plain_forwards(cells[piece]) for piece in pieces]
+    found = served(load_policy("residency", f"belady:{budget}"), streams, forwards, about, None if shared else 0)
+    assert found == naive_belady(cells, layers, sizes, room if shared else room // 15)
+
+
+def held_bytes(state):
+    """Bytes of all arrays in a state."""
+    if isinstance(state, np.ndarray):
+        return state.nbytes
+    return sum(held_bytes(part) for part in state) if isinstance(state, tuple) else 0
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_what_belady_keeps_does_not_grow_with_lookups(scope):
+    rng = np.random.default_rng(0)
+    policy, about = load_policy("residency", f"belady:budget=2,scope={scope}"), geometry(E)
+    kept = []
+    for cells in (5, 500):
+        segments = [[[rng.permutation(E)[:3].tolist()] for _ in range(cells)] for _ in range(4)]
+        state = policy.fit([stream_of(s) for s in segments], about, None if scope == "global" else 0)
+        kept.append(held_bytes(state))
+        for segment in segments:
+            _, state = policy.place(stream_of(segment), plain_forwards(segment), about, state)
+            assert held_bytes(state) <= kept[-1]
+    assert kept[0] == kept[1]
 
 
 def test_belady_refuses_a_stream_it_has_not_looked_ahead_in():

@@ -91,6 +91,7 @@ def test_forwards_of_many_rows_and_wide_rows_equal_the_naive_definition(seed, to
         "all_resident",
         "none_resident",
         "static:budget=3",
+        "belady:budget=3",
         "fiddler:budget=3,cpu_tokens_max=1",
         "tide:budget=3",
         "random_interval:budget=3",
