@@ -247,6 +247,7 @@ def replay(
     routing: Annotated[list[str], typer.Option(help="A routing policy, name:key=value,...; repeatable.")] = ["vanilla"],  # noqa: B006
     residency: Annotated[list[str], typer.Option(help="A residency policy, likewise.")] = ["all_resident"],  # noqa: B006
     hardware: Annotated[list[str] | None, typer.Option(help="A hardware preset, for latency estimates.")] = None,
+    fit: Annotated[Path | None, typer.Option(help="The trace that static counts popularity on; else TRACE.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for replay.parquet and replay.json.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -261,6 +262,7 @@ def replay(
     from tracer.parquet import open_trace
 
     opened = open_trace(trace)
+    residency = _fitted(residency, fit)
     names = [(one, other) for one, other, _ in product(routing, residency, hardware or [""])]
     result = _run_replay(run_replay, opened, routing, residency, hardware, not (as_json or quiet))
     if out is not None:
@@ -273,6 +275,20 @@ def replay(
         for note in _notes(result):
             typer.echo(note)
     typer.echo(f"{len(result.runs)} runs" + (f", written to {out}" if out is not None else ""))
+
+
+def _fitted(residency: list[str], fit: Path | None) -> list[str]:
+    """Specs of static with the trace to fit it on."""
+    if fit is None:
+        return residency
+    if not any(spec.partition(":")[0] == "static" for spec in residency):
+        from tracer.errors import UserError
+
+        raise UserError("--fit names the trace that static counts popularity on; add --residency static:budget=N.")
+    return [
+        f"{spec}{',' if ':' in spec else ':'}fit_on={fit}" if spec.partition(":")[0] == "static" else spec
+        for spec in residency
+    ]
 
 
 def _run_replay(run_replay, opened, routing, residency, hardware, shown: bool):
@@ -420,19 +436,27 @@ def interval(
     copy_back: Annotated[
         bool, typer.Option("--copy-back/--no-copy-back", help="Demoted experts cross the bus.")
     ] = True,
+    out: Annotated[Path | None, typer.Option(help="Write a page of charts here.")] = None,
+    force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Choose TIDE's refresh interval: its program with measured drift, the replayed optimum, the regret.
 
-    Example: moetrace interval first.trace --budget 24 --hardware h100-pcie5
+    Example: moetrace interval first.trace --budget 24 --hardware h100-pcie5 --out interval.html
     """
     from analysis.terminal import frame_table, show
     from simulator.interval import find_interval
     from tracer.parquet import open_trace
 
     with _bar("interval", not (as_json or quiet)) as on_segment:
-        result = find_interval(open_trace(trace), budget, hardware, copy_back, progress=on_segment)
+        opened = open_trace(trace)
+        result = find_interval(opened, budget, hardware, copy_back, progress=on_segment)
+    page = None
+    if out is not None:
+        from analysis.report import write_report
+
+        page = write_report(out, traces=[opened], consistency=[None], intervals=[result], force=force)
     if as_json:
         _print_json(result.to_json())
         return
@@ -443,7 +467,7 @@ def interval(
             typer.echo(note)
     typer.echo(
         f"The program chooses {result.program} (drift {result.drift:.3f} a step), replaying finds {result.best} fastest; "
-        f"regret {100 * result.regret:.1f}%"
+        f"regret {100 * result.regret:.1f}%" + (f"; charts in {page}" if page else "")
     )
 
 
@@ -498,6 +522,37 @@ SWEEP_COLUMNS = (
 
 
 @app.command()
+def parallel(
+    trace: TracePath,
+    gpus: Annotated[list[int], typer.Option(min=1, help="GPUs of a group; repeatable.")] = [2, 4, 8],  # noqa: B006
+    routing: Annotated[list[str], typer.Option(help="A routing policy; repeatable.")] = ["vanilla"],  # noqa: B006
+    placement: Annotated[
+        list[str] | None, typer.Option(help="contiguous, round_robin or balanced; repeatable, all by default.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say how evenly expert-parallel groups of GPUs are loaded: each holds a share of every layer's experts.
+
+    Example: moetrace parallel first.trace --gpus 4 --gpus 8 --routing vanilla --routing dmoe
+    """
+    from analysis.terminal import frame_table, show
+    from simulator.expert_placement import PLACEMENTS
+    from simulator.parallel import parallel_runs
+    from tracer.parquet import open_trace
+
+    with _bar("parallel", not (as_json or quiet)) as on_policy:
+        runs = parallel_runs(open_trace(trace), routing, gpus, placement or PLACEMENTS, progress=on_policy)
+    if as_json:
+        _print_json({"runs": runs})
+        return
+    if not quiet:
+        columns = ("gpus", "placement", "imbalance", "busy", "mean_bytes", "max_bytes")
+        show(frame_table(("routing", *columns), ([r["routing"]["name"], *(r[c] for c in columns)] for r in runs)))
+    typer.echo(f"{len(runs)} groups; imbalance = tokens of the fullest GPU / mean, per denoise forward and layer")
+
+
+@app.command()
 def profile(
     out: Annotated[Path, typer.Option(help="A .toml file that --hardware takes.")],
     gpu: Annotated[str | None, typer.Option(help="A GPU preset to stand beside this host where it has none.")] = None,
@@ -548,19 +603,24 @@ def import_trace(
 
 @app.command()
 def policies(as_json: Json = False) -> None:
-    """List the policies of every axis with their parameters and defaults.
+    """List the policies of every axis with their parameters, defaults and sources.
 
     Example: moetrace policies
     """
+    from dataclasses import asdict
+
     from analysis.terminal import frame_table, show
     from simulator.registry import list_policies
 
     found = [(axis, policy) for axis in ("acceptance", "routing", "residency") for policy in list_policies(axis)]
     if as_json:
-        _print_json([{"axis": a, "name": p.name, "line": p.line, "parameters": p.parameters} for a, p in found])
+        _print_json([{"axis": axis, **asdict(policy)} for axis, policy in found])
         return
-    rows = [(axis, p.name, p.line, ", ".join(f"{k}={v}" for k, v in p.parameters.items())) for axis, p in found]
-    show(frame_table(("axis", "name", "what it does", "parameters"), rows))
+    rows = []
+    for axis, policy in found:
+        named = ", ".join(k if v is None else f"{k}={v}" for k, v in policy.parameters.items())
+        rows.append((axis, policy.name, policy.line, named, policy.source))
+    show(frame_table(("axis", "name", "what it does", "parameters", "source"), rows))
 
 
 @app.command()

@@ -1,22 +1,20 @@
 """Expert parallelism: how evenly a group of GPUs that share the experts of every layer is loaded, and what each of them reads.
 
 Every expert lies on one GPU. In a (forward, layer) a GPU computes the tokens of its own experts and reads the weights
-of those that any token uses; the layer waits for the slowest. Three placements: "contiguous" (E / G consecutive experts
-each, the first E mod G GPUs one more: vLLM's linear placement), "round_robin" (expert e on GPU e mod G) and "balanced"
-(the packing of EPLB, github deepseek-ai/EPLB, ``balanced_packing``: experts of a layer by falling load, each to the
-least loaded GPU with a free slot, ceil(E / G) slots each, ties to the lowest id). EPLB also replicates hot experts and
-takes past loads; we replicate nothing and take the loads of the very run, so that "balanced" is what a static placement
-can know at best.
+of those that any token uses; the layer waits for the slowest. Which GPU that is: ``expert_placement.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from simulator.expert_placement import PLACEMENTS, place_experts
 from simulator.plan import make_plan
 from simulator.policy import ExpertStream, Geometry, Selection
 from simulator.registry import describe
@@ -28,8 +26,6 @@ from tracer.schema import KINDS
 
 if TYPE_CHECKING:
     import polars as pl
-
-PLACEMENTS = ("contiguous", "round_robin", "balanced")
 
 
 class RoutedStream(NamedTuple):
@@ -100,48 +96,6 @@ def routed_streams(trace: Any, routing: Any = "vanilla") -> Iterator[RoutedStrea
             yield RoutedStream(ids, forwards.forward_kind, stream)
 
 
-def place_experts(num_experts: int, gpus: int, placement: str, load: np.ndarray | None = None) -> np.ndarray:
-    """The GPU of every expert of a layer, int64 [E].
-
-    Parameters
-    ----------
-    num_experts : int
-        E.
-    gpus : int
-        G, 1 to E.
-    placement : str
-        One of :data:`PLACEMENTS`.
-    load : np.ndarray, optional
-        [E], tokens of each expert; for "balanced".
-
-    Raises
-    ------
-    UserError
-        Unknown placement, or G out of range.
-    """
-    if placement not in PLACEMENTS:
-        raise UserError(f"There is no expert placement {placement!r}; there are {', '.join(PLACEMENTS)}.")
-    if not 1 <= gpus <= num_experts:
-        raise UserError(f"gpus must be 1 to {num_experts}, the experts of a layer, not {gpus}.")
-    experts = np.arange(num_experts)
-    if placement == "round_robin":
-        return experts % gpus
-    if placement == "contiguous":
-        sizes = np.full(gpus, num_experts // gpus)
-        sizes[: num_experts % gpus] += 1
-        return np.repeat(np.arange(gpus), sizes)
-    load = np.zeros(num_experts, np.int64) if load is None else np.asarray(load)
-    gpu_of_expert = np.empty(num_experts, np.int64)
-    carried, free = np.zeros(gpus, load.dtype), np.full(gpus, -(-num_experts // gpus))
-    for expert in np.lexsort((experts, -load)):
-        open_gpus = np.flatnonzero(free)
-        gpu = open_gpus[np.argmin(carried[open_gpus])]
-        gpu_of_expert[expert] = gpu
-        carried[gpu] += load[expert]
-        free[gpu] -= 1
-    return gpu_of_expert
-
-
 @njit
 def _gpu_loads(offsets, cell_layer, experts, tokens, gpu_of_expert, gpu_tokens, gpu_experts):
     """Tokens and distinct experts of every cell on every GPU, int64 [C, G] each, both 0 before."""
@@ -188,8 +142,6 @@ def expert_parallel(
     UserError
         Unknown placement or routing, G out of range, streams without a geometry or that cannot be read twice.
     """
-    import polars as pl
-
     is_trace = hasattr(source, "segments")
     if is_trace:
         geometry = geometry_of(source)
@@ -201,21 +153,81 @@ def expert_parallel(
     def streams() -> Iterable[RoutedStream]:
         return routed_streams(source, routing) if is_trace else source
 
+    return _groups(streams, geometry, [(gpus, placement)])[0]
+
+
+def parallel_runs(
+    trace: Any,
+    routings: Sequence[Any] = ("vanilla",),
+    gpus: Sequence[int] = (8,),
+    placements: Sequence[str] = PLACEMENTS,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The loads of every routing policy x number of GPUs x placement, routing outermost; a trace is read twice a policy.
+
+    Parameters
+    ----------
+    trace
+        An opened trace.
+    routings : sequence
+        Specs or policy objects.
+    gpus : sequence of int
+        Sizes of groups.
+    placements : sequence of str
+        Of :data:`PLACEMENTS`.
+    progress : callable, optional
+        ``progress(done, total)`` after every routing policy.
+
+    Returns
+    -------
+    list of dict
+        ``routing`` {"name", "parameters"} and :class:`ParallelLoad`'s summary.
+
+    Raises
+    ------
+    UserError
+        As :func:`expert_parallel`.
+    """
+    geometry, found = geometry_of(trace), []
+    groups = list(product(gpus, placements))
+    for size, placement in groups:
+        place_experts(geometry.num_experts, size, placement)
+    policies = make_plan(trace, routings, ["all_resident"], None).routings
+    for done, policy in enumerate(policies, 1):
+        for load in _groups(partial(routed_streams, trace, policy), geometry, groups):
+            found.append({"routing": describe(policy), **load.summary})
+        if progress is not None:
+            progress(done, len(policies))
+    return found
+
+
+def _groups(
+    streams: Callable[[], Iterable[RoutedStream]], geometry: Geometry, groups: Sequence[tuple[int, str]]
+) -> list[ParallelLoad]:
+    """Several groups of GPUs over the same streams; those are gone through twice where any placement is balanced."""
+    import polars as pl
+
     layers, experts = len(geometry.layers), geometry.num_experts
     # Refuse before reading anything.
-    place_experts(experts, gpus, placement)
+    for gpus, placement in groups:
+        place_experts(experts, gpus, placement)
     loads = np.zeros((layers, experts), np.int64)
-    if placement == "balanced":
+    if any(placement == "balanced" for _, placement in groups):
         for _, _, stream in streams():
             _expert_loads(stream.offsets, stream.cell_layer, stream.experts, stream.tokens, loads)
-    gpu_of_expert = np.stack([place_experts(experts, gpus, placement, loads[at]) for at in range(layers)])
-    frames = [_cells(routed, geometry, gpu_of_expert, gpus) for routed in streams()]
-    frame = pl.concat(frames) if frames else _frame({}, gpus)
-    frame = frame.sort("forward_id", "layer", maintain_order=True)
-    summary: dict[str, Any] = {"gpus": gpus, "placement": placement}
-    summary |= _summary(frame.filter(pl.col("kind") == "denoise"), "")
-    summary |= _summary(frame, "_all_forwards")
-    return ParallelLoad(frame, summary, gpu_of_expert)
+    lying = [np.stack([place_experts(experts, *group, loads[at]) for at in range(layers)]) for group in groups]
+    cells: list[list[pl.DataFrame]] = [[] for _ in groups]
+    for routed in streams():
+        for (gpus, _), gpu_of_expert, kept in zip(groups, lying, cells, strict=True):
+            kept.append(_cells(routed, geometry, gpu_of_expert, gpus))
+    found = []
+    for (gpus, placement), gpu_of_expert, kept in zip(groups, lying, cells, strict=True):
+        frame = (pl.concat(kept) if kept else _frame({}, gpus)).sort("forward_id", "layer", maintain_order=True)
+        summary: dict[str, Any] = {"gpus": gpus, "placement": placement}
+        summary |= _summary(frame.filter(pl.col("kind") == "denoise"), "")
+        summary |= _summary(frame, "_all_forwards")
+        found.append(ParallelLoad(frame, summary, gpu_of_expert))
+    return found
 
 
 def _cells(routed: RoutedStream, geometry: Geometry, gpu_of_expert: np.ndarray, gpus: int) -> pl.DataFrame:

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 import types
 import typing
@@ -25,11 +26,12 @@ AXES = {"routing": "select", "residency": "place", "acceptance": "unroll"}
 
 @dataclass(frozen=True, slots=True)
 class PolicyInfo:
-    """A policy as a list shows it; ``parameters`` maps each name to its default."""
+    """A policy as a list shows it; ``parameters`` maps each name to its default, ``source`` is where the rule was published."""
 
     name: str
     line: str
     parameters: dict[str, Any]
+    source: str
 
 
 def policy_names(axis: str) -> list[str]:
@@ -39,7 +41,7 @@ def policy_names(axis: str) -> list[str]:
 
 
 def list_policies(axis: str) -> list[PolicyInfo]:
-    """Name, first docstring line and parameters with defaults of every policy of an axis.
+    """Name, first docstring line, parameters with defaults and source of every policy of an axis.
 
     Parameters
     ----------
@@ -48,10 +50,18 @@ def list_policies(axis: str) -> list[PolicyInfo]:
     """
     found = []
     for name in policy_names(axis):
-        policy = _policy_class(importlib.import_module(f"simulator.{axis}.{name}"), axis, name)
+        module = importlib.import_module(f"simulator.{axis}.{name}")
+        policy = _policy_class(module, axis, name)
         line = (inspect.getdoc(policy) or "").split("\n", 1)[0]
-        found.append(PolicyInfo(name, line, {f.name: f.default for f in dataclasses.fields(policy)}))
+        parameters = {f.name: f.default for f in dataclasses.fields(policy) if f.init}
+        found.append(PolicyInfo(name, line, parameters, _source(inspect.getdoc(module) or "")))
     return found
+
+
+def _source(text: str) -> str:
+    """The first clause after "Source:"; the point after an initial does not end it."""
+    said = " ".join(text.partition("Source:")[2].split())
+    return re.split(r"(?<![A-Z])\. |[:;] ", said, maxsplit=1)[0].rstrip(".")
 
 
 def load_policy(axis: str, spec: str) -> Any:

@@ -255,7 +255,9 @@ def test_reading_works_without_torch(trace, tmp_path):
 
 def test_lists_name_parameters_and_sources():
     policies = json.loads(run("policies", "--json").stdout)
-    assert {"axis", "name", "line", "parameters"} == set(policies[0])
+    assert {"axis", "name", "line", "parameters", "source"} == set(policies[0])
+    assert all(policy["source"] for policy in policies)
+    assert "2605.20179" in run("policies").stdout
     assert {("routing", "dmoe"), ("residency", "tide"), ("acceptance", "team")} <= {
         (p["axis"], p["name"]) for p in policies
     }
@@ -286,10 +288,34 @@ def test_diff(trace, tmp_path):
     assert "a replay" in refused("diff", trace, tmp_path / "a")
 
 
-def test_interval(trace):
+def test_static_fitted_on_another_trace(trace):
+    fitted = run("replay", trace, "--residency", "static:budget=8", "--fit", trace, "--json")
+    own = run("replay", trace, "--residency", "static:budget=8", "--json")
+    first, second = (json.loads(result.stdout)["runs"][0] for result in (fitted, own))
+    assert first["summary"]["hit_rate"] == second["summary"]["hit_rate"]
+    assert first["residency"]["parameters"]["fit_on"] == str(trace)
+    assert any("best case" in note for note in second["notes"]) and not any("best case" in n for n in first["notes"])
+    assert "--residency static" in refused("replay", trace, "--fit", trace)
+    assert "nowhere" in refused("replay", trace, "--residency", "static:budget=8", "--fit", "nowhere.trace")
+
+
+def test_parallel(trace):
+    runs = json.loads(
+        run("parallel", trace, "--gpus", 4, "--routing", "vanilla", "--routing", "dmoe", "--json").stdout
+    )["runs"]
+    assert [(r["routing"]["name"], r["gpus"]) for r in runs] == [("vanilla", 4)] * 3 + [("dmoe", 4)] * 3
+    assert all(r["imbalance"] >= 1 and 0 < r["busy"] <= 1 for r in runs)
+    assert "3 groups" in run("parallel", trace, "--gpus", 4).stdout
+    assert "1 to 64" in refused("parallel", trace, "--gpus", 65)
+
+
+def test_interval(trace, tmp_path):
     document = json.loads(run("interval", trace, "--budget", 16, "--json").stdout)
     assert document["regret"] >= 0 and document["best"] in [row["refresh_interval"] for row in document["intervals"]]
     assert "budget=0" in refused("interval", trace, "--budget", 0)
+    page = tmp_path / "interval.html"
+    assert str(page) in run("interval", trace, "--budget", 16, "--out", page).stdout
+    assert "Refresh interval" in page.read_text()
 
 
 def test_sweep_goes_on_where_it_stopped(trace, tmp_path):

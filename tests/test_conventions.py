@@ -30,7 +30,7 @@ def policy_classes(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_modules_stay_small(path):
     # The command line is one module by design: one short function a verb.
-    budget = 650 if path.name == "cli.py" else 320
+    budget = 720 if path.name == "cli.py" else 320
     assert len(path.read_text(encoding="utf-8").splitlines()) <= budget
 
 

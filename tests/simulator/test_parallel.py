@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.parallel import PLACEMENTS, expert_parallel, place_experts, routed_streams
+from simulator.expert_placement import PLACEMENTS, place_experts
+from simulator.parallel import expert_parallel, parallel_runs, routed_streams
 from simulator.registry import load_policy
 from simulator.streams.gather import geometry_of
 from tests.simulator.traces import random_trace
@@ -163,3 +164,30 @@ def test_what_cannot_be_done_is_refused():
         expert_parallel(routed_streams(trace), 2, "balanced", geometry=geometry_of(trace))
     with pytest.raises(UserError, match="routing policy block_pool needs router scores of all experts"):
         expert_parallel(replace(trace, holds=frozenset()), 2, routing="block_pool")
+
+
+def test_several_groups_in_one_go_equal_each_alone():
+    trace, seen = random_trace(4, num_experts=9), []
+    runs = parallel_runs(
+        trace, ["vanilla", "skip:beta=0.5"], [1, 4], ["balanced", "round_robin"], progress=lambda *step: seen.append(step)
+    )
+    assert seen == [(1, 2), (2, 2)]
+    specs = [
+        (routing, n, name)
+        for routing in ("vanilla", "skip:beta=0.5")
+        for n in (1, 4)
+        for name in ("balanced", "round_robin")
+    ]
+    assert len(runs) == len(specs)
+    for run, (routing, gpus, name) in zip(runs, specs, strict=True):
+        assert run["routing"]["name"] == routing.split(":")[0]
+        alone = expert_parallel(trace, gpus, name, routing).summary
+        assert {key: value for key, value in run.items() if key != "routing"} == alone
+
+
+@pytest.mark.parametrize("asked", [{"gpus": [10]}, {"placements": ["nearest"]}, {"routings": ["nothing"]}])
+def test_groups_that_cannot_be_are_refused_before_the_trace_is_read(asked):
+    trace = random_trace(0, num_experts=9)
+    trace.pieces = None
+    with pytest.raises(UserError):
+        parallel_runs(trace, **asked)

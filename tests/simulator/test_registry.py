@@ -52,10 +52,12 @@ def test_file_names_are_the_policies():
 def test_lists_give_line_and_parameters():
     tide = next(p for p in list_policies("residency") if p.name == "tide")
     assert tide.line.startswith("Refresh the resident set")
+    assert tide.source == "arXiv 2605.20179 and its released code (github ims-kdks/TIDE)"
     assert tide.parameters == {
         "budget": None,
         "budget_bytes": None,
         "vram_gib": None,
+        "split": None,
         "refresh_interval": 2,
         "copy_back": True,
     }
