@@ -1,13 +1,16 @@
-"""The most used experts of the whole run stay on the GPU; a miss runs on the CPU and nothing ever moves.
+"""The most used experts stay on the GPU; a miss runs on the CPU and nothing ever moves.
 
 Source: Fiddler (arXiv 2402.07033), placement by popularity, as arXiv 2605.20179 (TIDE) uses it: static, every miss on the CPU.
-Fiddler itself counts popularity on a calibration set; here it is counted on the replayed run, so this is its best case.
+Fiddler itself counts popularity on a calibration set, as ``fit_on`` does; without, it is counted on the replayed run, the best
+case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,28 +18,81 @@ import numpy as np
 from simulator.budget import Budgeted
 from simulator.caching.placement import fixed
 from simulator.policy import ExpertStream, Geometry, Placement
+from simulator.streams.gather import geometry_of
+from simulator.streams.loads import recorded_loads
+from tracer.errors import UserError
 from tracer.trace import ForwardTable
+
+# Layers start side by side, and one of them reads for all.
+_READING = Lock()
 
 
 @dataclass(frozen=True)
 class Static(Budgeted):
-    """The experts of most tokens over the run live on the GPU (two passes over the trace)."""
+    """The experts of most tokens live on the GPU, those of the run itself (two passes over it) or of another trace.
+
+    Parameters
+    ----------
+    fit_on : str, optional
+        Path of another trace, relative to the working directory, without commas: popularity is counted on its recorded
+        experts, all kinds of forwards alike, and the replayed trace is read once. Without, on the replayed run itself.
+    """
+
+    fit_on: str | None = None
 
     requires: ClassVar[frozenset[str]] = frozenset()
-    passes: ClassVar[int] = 2
     scope: ClassVar[str] = "layer"
     ordered: ClassVar[bool] = False
-    notes: ClassVar[tuple[str, ...]] = ("static knows the popularity of the replayed run itself: its best case.",)
+
+    @property
+    def passes(self) -> int:
+        """Passes over the replayed trace: two where popularity is counted on it."""
+        return 2 if self.fit_on is None else 1
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where the popularity comes from."""
+        if self.fit_on is None:
+            return ("static knows the popularity of the replayed run itself: its best case.",)
+        return (f"static takes the popularity of experts from {self.fit_on}.",)
+
+    @cached_property
+    def _popularity(self) -> tuple[Geometry, np.ndarray]:
+        """Geometry of the trace to fit on, and the tokens of its experts, int64 [L, E]."""
+        from tracer.files.reader import open_trace
+
+        trace = open_trace(str(self.fit_on))
+        return geometry_of(trace), recorded_loads(trace)
 
     def start(self, geometry: Geometry, layer: int | None) -> np.ndarray:
-        """bool [E]: the first experts by index, where nothing is known of the run."""
-        return np.arange(geometry.num_experts) < self.experts_per_layer(geometry, layer or 0)
+        """bool [E]: the B experts of most tokens in the trace to fit on; without one the first experts by index.
+
+        Raises
+        ------
+        UserError
+            There is no such trace, or its model has other layers or another number of experts.
+        """
+        load = np.zeros(geometry.num_experts, np.int64)
+        if self.fit_on is not None:
+            with _READING:
+                other, loads = self._popularity
+            theirs, ours = _experts(other), _experts(geometry)
+            if theirs != ours:
+                raise UserError(
+                    f"static cannot be fitted on {self.fit_on}: its model has {theirs}, the replayed trace's has {ours}; "
+                    "give a trace of the same model."
+                )
+            load = loads[layer or 0]
+        return self._most_used(load, geometry, layer)
 
     def fit(self, streams: Iterable[ExpertStream], geometry: Geometry, layer: int | None) -> np.ndarray:
         """bool [E]: the B experts of most tokens over all streams, ties to the lowest id."""
         load = np.zeros(geometry.num_experts, np.int64)
         for stream in streams:
             np.add.at(load, stream.experts, stream.tokens)
+        return self._most_used(load, geometry, layer)
+
+    def _most_used(self, load: np.ndarray, geometry: Geometry, layer: int | None) -> np.ndarray:
         resident = np.zeros(geometry.num_experts, bool)
         resident[np.argsort(-load, kind="stable")[: self.experts_per_layer(geometry, layer or 0)]] = True
         return resident
@@ -46,3 +102,15 @@ class Static(Budgeted):
     ) -> tuple[Placement, Any]:
         """Residents hit and run on the GPU, the others on the CPU."""
         return fixed(stream, state), state
+
+
+def _experts(geometry: Geometry) -> str:
+    """Which layers have how many experts, in words; consecutive layers as a range."""
+    runs: list[list[int]] = []
+    for layer in geometry.layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    named = ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
+    return f"{geometry.num_experts} experts in {'layer' if len(geometry.layers) == 1 else 'layers'} {named}"
