@@ -1,0 +1,242 @@
+"""What holds for every policy at the edges: other names for the experts, odd traces and budgets, traces that lack something."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulator.plan import LACKS, make_plan
+from simulator.policy import ACTIVE, SCORES
+from simulator.registry import load_policy, policy_names
+from simulator.replay import replay
+from simulator.streams.gather import gather_layer
+from tests.builders import block_run, router
+from tests.simulator.traces import MemoryTrace, meta_of, random_trace
+from tracer.errors import UserError
+from tracer.schema import PREFILL
+
+E, K = 12, 4
+# dMoE counts votes, and equal counts go to the lowest id; with a top_p of 1 every expert with a vote is kept.
+WITHOUT_TIES = {"dmoe": "dmoe:top_p=1.0,min_experts=1"}
+
+
+def residency(name, budget):
+    """A residency spec with a budget where it takes one that limits it."""
+    return name if name in ("all_resident", "none_resident") else f"{name}:budget={budget}"
+
+
+def decoded(seed, **kwargs):
+    """A trace of decoding with scores of every expert, routers without groups."""
+    rng = np.random.default_rng(seed)
+    specs = {layer: router(rng, num_experts=E, top_k=K, bias=layer == 2) for layer in (1, 2)}
+    piece, first_block = block_run(rng, blocks=2, prompt=6, block_length=4, specs=specs, **kwargs)
+    return of_pieces(specs, [piece], first_block)
+
+
+def of_pieces(specs, pieces, first_block):
+    """A MemoryTrace of segments."""
+    meta = meta_of(specs, block_length=4, expert_bytes=dict.fromkeys(specs, 1000))
+    meta.decoding.update(steps=4, threshold=0.95, mask_id=1, loop="sdar")
+    return MemoryTrace(meta, first_block, pieces)
+
+
+def renamed(trace, labels):
+    """The same trace with expert e called labels[e]: ids, score columns and biases."""
+    back = np.argsort(labels)
+
+    def spec(old):
+        return old if old.expert_bias is None else replace(old, expert_bias=old.expert_bias[back])
+
+    def layer(old):
+        return replace(
+            old,
+            expert_ids=labels[old.expert_ids].astype(old.expert_ids.dtype),
+            router_scores=old.router_scores[:, back],
+            router=spec(old.router),
+        )
+
+    pieces = [replace(p, load=lambda n, s, p=p: layer(p.load(n, s))) for p in trace.pieces]
+    meta = replace(trace.meta, routers={n: spec(one) for n, one in trace.meta.routers.items()})
+    return MemoryTrace(meta, trace.first_block, pieces)
+
+
+def selected(trace, name):
+    """For every layer and row of a routing policy's trajectory its experts with their weights."""
+    plan = make_plan(trace, [name], ["all_resident"], None)
+    found = []
+    for piece in trace.segments():
+        trajectory = plan.acceptances[0].unroll(piece, plan.geometry)
+        for number in plan.geometry.layers:
+            layer = gather_layer(piece.layer(number, True), piece.forwards, trajectory)
+            selection = plan.routings[0].select(layer, trajectory, plan.geometry)
+            for t, n in enumerate(selection.count.tolist()):
+                pairs = zip(selection.expert_ids[t, :n].tolist(), selection.gate_weights[t, :n].tolist(), strict=True)
+                found.append(dict(pairs))
+    return found
+
+
+@pytest.mark.parametrize("name", policy_names("routing"))
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_other_names_for_experts_give_the_same_selection_under_those_names(name, seed):
+    trace = decoded(seed)
+    labels = np.random.default_rng(seed).permutation(E)
+    spec = WITHOUT_TIES.get(name, name)
+    before, after = selected(trace, spec), selected(renamed(trace, labels), spec)
+    assert [set(row) for row in after] == [{int(labels[e]) for e in row} for row in before]
+    for row, other in zip(before, after, strict=True):
+        # Weights are sums of floats over a row's experts, which come in another order.
+        assert all(other[int(labels[e])] == pytest.approx(w, rel=1e-5) for e, w in row.items())
+
+
+@given(seed=st.integers(0, 10**6), budget=st.integers(0, 8))
+@settings(max_examples=40, deadline=None)
+def test_belady_misses_least_of_all_that_load_on_demand_where_experts_are_of_one_size(seed, budget):
+    trace = random_trace(seed, calls=8, num_experts=7, expert_bytes={1: 100, 2: 100})
+    # Caches that load on demand are those that may span layers.
+    names = [n for n in policy_names("residency") if "scope" in {f.name for f in fields(load_policy("residency", n))}]
+    assert {"lru", "lfu", "belady"} <= set(names)
+    for scope in ("layer", "global"):
+        runs = replay(trace, ["vanilla"], [f"{n}:scope={scope},budget={budget}" for n in names]).runs
+        missed = dict(zip(names, (run.summary["promotions"] for run in runs), strict=True))
+        assert missed["belady"] == min(missed.values())
+
+
+def constant_gate():
+    """A trace whose second layer gives every expert the same score in every row: all of its choices are ties."""
+    trace = decoded(3)
+
+    def flat(piece, number, with_scores):
+        layer = piece.load(number, with_scores)
+        if number != 2:
+            return layer
+        rows = len(layer.count)
+        return replace(
+            layer,
+            expert_ids=np.tile(np.arange(K, dtype=np.uint8), (rows, 1)),
+            gate_weights=np.full((rows, K), 1 / K, np.float16),
+            router_scores=np.full((rows, E), 1 / E, np.float32),
+            router=replace(layer.router, expert_bias=None),
+        )
+
+    pieces = [replace(p, load=lambda n, s, p=p: flat(p, n, s)) for p in trace.pieces]
+    meta = replace(trace.meta, routers={n: replace(r, expert_bias=None) for n, r in trace.meta.routers.items()})
+    return MemoryTrace(meta, trace.first_block, pieces)
+
+
+def cut(trace, keep):
+    """A trace of those model calls of the first segment that ``keep(forwards)`` names, one part each."""
+    piece = trace.pieces[0]
+    forwards = piece.forwards
+    calls = np.flatnonzero(keep(forwards))
+    rows = np.concatenate([np.arange(forwards.row_offsets[f], forwards.row_offsets[f + 1]) for f in calls])
+    table = replace(
+        forwards,
+        forward_id=forwards.forward_id[calls],
+        row_offsets=np.concatenate(([0], np.cumsum(np.diff(forwards.row_offsets)[calls]))),
+        part_offsets=np.arange(len(calls) + 1),
+        **{
+            name: getattr(forwards, name)[calls]
+            for name in (
+                "request_id", "kind", "block", "step", "row_start", "num_tokens", "kv_tokens", "num_masked", "num_accepted",
+                "branches", "chosen_branch", "duration_ns",
+            )
+        },
+    )  # fmt: skip
+    names = (
+        "position",
+        "token_id",
+        "state",
+        "predicted_id",
+        "confidence",
+        "argmax_id",
+        "argmax_confidence",
+        "accepted",
+    )
+    tokens = replace(piece.tokens, **{name: getattr(piece.tokens, name)[rows] for name in names})
+
+    def load(number, with_scores):
+        layer = piece.load(number, with_scores)
+        return replace(
+            layer,
+            expert_ids=layer.expert_ids[rows],
+            count=layer.count[rows],
+            gate_weights=layer.gate_weights[rows],
+            router_scores=layer.router_scores[rows],
+            present=layer.present[calls],
+        )
+
+    whole = replace(piece, forwards=table, tokens=tokens, load=load)
+    return MemoryTrace(trace.meta, trace.first_block, [whole])
+
+
+ODD = {
+    "one forward": lambda: cut(decoded(1), lambda f: np.arange(len(f.forward_id)) == 1),
+    "prefill only": lambda: cut(decoded(1), lambda f: f.kind == PREFILL),
+    "no forward": lambda: of_pieces({1: router(np.random.default_rng(0), E, K)}, [], {}),
+    "constant gate": constant_gate,
+}
+
+
+def finite(value):
+    """No NaN and no infinity anywhere in a JSON document."""
+    if isinstance(value, dict):
+        return all(finite(v) for v in value.values())
+    if isinstance(value, list):
+        return all(finite(v) for v in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_traces_have_an_answer_under_every_policy(odd):
+    trace = ODD[odd]()
+    routings = policy_names("routing")
+    residencies = [
+        residency(n, b) for n in policy_names("residency") for b in ((3,) if n == "all_resident" else (0, 3, E + 5))
+    ]
+    result = replay(trace, routings, list(dict.fromkeys(residencies)), "h100-pcie5")
+    document = result.to_json()
+    assert finite(document) and json.dumps(document, allow_nan=False)
+    assert len(document["runs"]) == len(routings) * len(dict.fromkeys(residencies))
+    for run in document["runs"]:
+        summary = run["summary"]
+        assert summary["gpu_tokens"] + summary["cpu_tokens"] == summary["assignments"]
+        assert summary["latency_s"] >= 0
+        if not trace.num_forwards:
+            assert summary["assignments"] == summary["forwards"] == 0 and summary["hit_rate"] is None
+        if odd in ("prefill only", "no forward"):
+            assert summary["denoise_forwards"] == 0
+            assert summary["unique_experts"] is None and summary["tokens_per_forward"] is None
+        if odd == "prefill only":
+            assert summary["unique_experts_all_forwards"] > 0
+        if odd == "one forward" and run["acceptance"]["name"] == "recorded":
+            assert summary["forwards"] == 1
+
+
+NEEDS = [(axis, n) for axis in ("routing", "residency") for n in policy_names(axis) if load_policy(axis, n).requires]
+
+
+@pytest.mark.parametrize(("axis", "name"), NEEDS)
+def test_what_a_policy_needs_is_named_with_the_capture_level_that_holds_it(axis, name):
+    trace = decoded(0)
+    requires = load_policy(axis, name).requires
+    assert requires <= set(LACKS)
+    for requirement in requires:
+        trace.holds = frozenset(LACKS) - {requirement}
+        specs = ([name], ["all_resident"]) if axis == "routing" else (["vanilla"], [residency(name, 3)])
+        with pytest.raises(UserError) as refused:
+            replay(trace, *specs)
+        sentence = str(refused.value)
+        assert name in sentence and sentence.count(".") == 1 and sentence.endswith(".")
+        if requirement in (ACTIVE, SCORES):
+            assert ("--level scores" if requirement == SCORES else "--level active") in sentence
+
+
+def test_some_policies_need_scores():
+    assert {"dmoe", "block_pool"} <= {name for _, name in NEEDS}
