@@ -8,20 +8,25 @@ why. A null ``layer`` stands for all layers. ``low`` and ``high`` are a percenti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
 from analysis.metrics.analyse import SCHEMAS, consistency
 from analysis.metrics.result import ConsistencyResult
+from analysis.metrics.seeds import SEEDS_COLUMNS, across
 from analysis.metrics.settings import Settings
 from analysis.metrics.stream import Trace
+from tracer.errors import UserError
 
 __all__ = [
     "SCHEMAS",
+    "SEEDS_COLUMNS",
     "ConsistencyResult",
     "Settings",
     "acceptance",
+    "across_seeds",
     "agreement",
     "balance",
     "calibration",
@@ -170,6 +175,30 @@ def agreement(trace: Trace, **parameters: Any) -> pl.DataFrame:
     mean over pairs; between datasets: each pair (``first``, ``second``). Null: permuted expert labels, by formula.
     """
     return _one("agreement", trace, parameters)
+
+
+def across_seeds(recordings: Mapping[str, Trace | ConsistencyResult], **parameters: Any) -> pl.DataFrame:
+    """Whether expert popularity agrees across recordings of one model, such as runs with different seeds.
+
+    Metrics as in :func:`agreement`, of every two recordings (``first``, ``second``) and, where both are null, mean over
+    pairs. ``between`` whole ``traces``, or each of the ``prompts`` that two recordings share against itself. Nulls:
+    permuted expert labels (shuffle), another prompt of the other recording (independent), the popularity over its other
+    prompts (hot). A recording is an open trace or what :func:`consistency` made of it.
+
+    Raises
+    ------
+    UserError
+        Fewer than two recordings, a recording that routes nothing in a denoise forward, or different models.
+    """
+    settings = Settings(**parameters)
+    found = {}
+    for name, recording in recordings.items():
+        if not isinstance(recording, ConsistencyResult):
+            recording = consistency(recording, settings=settings, only=("load",))
+        if recording.popularity is None:
+            raise UserError(f"{name} routes nothing in a denoise forward; leave it out of the comparison.")
+        found[name] = recording.popularity
+    return across(found, settings)
 
 
 def acceptance(trace: Trace, **parameters: Any) -> pl.DataFrame:

@@ -12,6 +12,7 @@ from analysis.metrics.bootstrap import Bootstrap, empty
 from analysis.metrics.nulls import forward_nulls, neighbour_nulls, row_nulls
 from analysis.metrics.result import ConsistencyResult
 from analysis.metrics.samples import ForwardSample, NeighbourBlocks, RowSample
+from analysis.metrics.seeds import popularity_of
 from analysis.metrics.settings import UNITS, Settings
 from analysis.metrics.stream import Shape, Totals, Trace, mean_rows, shape_of, sweep
 from analysis.metrics.timeline import Units
@@ -115,7 +116,12 @@ def consistency(
     }
     if units.count < 2:
         reasons["intervals"] = "Intervals resample requests, and there are fewer than two with denoise forwards."
-    return ConsistencyResult(frames, reasons, _summary(totals, shape, units), _notes(units))
+    load = families.get("load")
+    popularity = None
+    if load is not None and totals.decisions and units.count:
+        counted = load.load[: units.count].copy()
+        popularity = popularity_of(trace.meta.model.id, shape.layers, load.scope, counted, trace.requests, units.number)
+    return ConsistencyResult(frames, reasons, _summary(totals, shape, units), _notes(units), popularity)
 
 
 def _families(trace: Trace, shape: Shape, settings: Settings, usable: frozenset[str], scope: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ AGREEMENT_COLUMNS = {
 DRAWS = 250
 """Replicates at most between datasets, where each one ranks all loads again."""
 
-_EXTRA = {"between": pl.String, "first": pl.String, "second": pl.String}
+EXTRA = {"between": pl.String, "first": pl.String, "second": pl.String}
 
 
 def doubled_ranks(load: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ def agreement_frame(
     return pl.concat(frames)
 
 
-def _with_mean(array: np.ndarray) -> np.ndarray:
+def with_mean(array: np.ndarray) -> np.ndarray:
     """Layers [..., L] followed by their mean, leaving out those that are NaN."""
     known = ~np.isnan(array)
     mean = divide(ordered_sum(np.where(known, array, 0), array.ndim - 1), known.sum(axis=-1))
@@ -152,18 +152,18 @@ def _between_requests(bootstrap: Bootstrap, shape: Shape, load: Load, size: int)
             for of_measure, counted in zip(pairs, known.astype(np.float64), strict=True)
         ]
         replicates.append(np.stack(drawn, axis=1))
-    low, high = bootstrap.interval(_with_mean(np.stack(replicates, axis=-1)).reshape(len(bootstrap.weights), -1))
+    low, high = bootstrap.interval(with_mean(np.stack(replicates, axis=-1)).reshape(len(bootstrap.weights), -1))
     shaped = (len(MEASURES), 1, 1, 1, len(shape.layers) + 1)
     counts = np.stack(count, axis=-1)
     columns = {
-        "value": _with_mean(np.stack(value, axis=-1)).reshape(shaped),
+        "value": with_mean(np.stack(value, axis=-1)).reshape(shaped),
         "low": low.reshape(shaped),
         "high": high.reshape(shaped),
-        "null_shuffle": _with_mean(np.stack(null, axis=-1)).reshape(shaped),
+        "null_shuffle": with_mean(np.stack(null, axis=-1)).reshape(shaped),
         "n": np.concatenate([counts, counts.max(axis=-1, initial=0)[:, None]], axis=-1).reshape(shaped),
     }
     axes = {"metric": MEASURES, "between": ["requests"], "first": [None], "second": [None], "layer": shape.labels}
-    return beats(grid_frame(axes, columns, _EXTRA)).select(list(AGREEMENT_COLUMNS))
+    return beats(grid_frame(axes, columns, EXTRA)).select(list(AGREEMENT_COLUMNS))
 
 
 def _between_datasets(
@@ -186,13 +186,13 @@ def _between_datasets(
             drawn = np.stack([bootstrap.weights[:DRAWS, m] @ units[m] for m in members], axis=1)
             replicates.append(np.stack([measures(one, size)[0][:, first, second] for one in drawn]))
     columns = {
-        "value": _with_mean(np.stack(value, axis=-1)),
-        "null_shuffle": _with_mean(np.stack(null, axis=-1)),
+        "value": with_mean(np.stack(value, axis=-1)),
+        "null_shuffle": with_mean(np.stack(null, axis=-1)),
         "n": np.ones((1, 1, 1), np.int64),
     }
     shape_out = columns["value"].shape
     if single:
-        low, high = bootstrap.interval(_with_mean(np.stack(replicates, axis=-1)).reshape(len(replicates[0]), -1))
+        low, high = bootstrap.interval(with_mean(np.stack(replicates, axis=-1)).reshape(len(replicates[0]), -1))
         columns |= {"low": low.reshape(shape_out), "high": high.reshape(shape_out)}
     else:
         columns |= {"low": np.full(shape_out, np.nan), "high": np.full(shape_out, np.nan)}

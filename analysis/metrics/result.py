@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 _NULLS = ("null_hot", "null_independent", "null_shuffle")
@@ -34,18 +36,35 @@ _HEADLINE: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
+class Popularity:
+    """How often each expert is used, to hold against another recording of the same model.
+
+    ``model`` is its name, ``layers`` are numbered as in the model. ``scope``: the rows counted, "block" or "forward".
+    ``prompts`` identify the requests in order of appearance, None where unknown. ``load`` int64 [G, L, E]: token-slots
+    of each bootstrap unit; request number r is in unit r modulo G.
+    """
+
+    model: str
+    layers: tuple[int, ...]
+    scope: str
+    prompts: tuple[Hashable, ...]
+    load: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class ConsistencyResult:
     """Frames by name; ``reasons`` says of each frame without rows why it has none, and of missing intervals why they
     are.
 
     ``summary`` holds sizes of the trace (requests, denoise_forwards, blocks, decisions, accepted_per_step, ...),
-    ``notes`` what a reader of the figures should know.
+    ``notes`` what a reader of the figures should know. ``popularity`` is what another recording is compared with.
     """
 
     frames: dict[str, pl.DataFrame]
     reasons: dict[str, str]
     summary: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    popularity: Popularity | None = None
 
     def headline(self) -> list[dict[str, Any]]:
         """One row per headline figure, all layers together: figure, value, low, high, null, null_name, beats_null, n,

@@ -1,0 +1,179 @@
+"""Whether expert popularity agrees across recordings of one model, such as runs with different seeds.
+
+N = recordings, P = pairs of them, G = bootstrap units of a recording, L = layers, E = experts, R = prompts two share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from itertools import combinations
+
+import numpy as np
+import polars as pl
+
+from analysis.metrics.bootstrap import Bootstrap, beats, divide, grid_frame, ordered_sum
+from analysis.metrics.popularity import DRAWS, EXTRA, MEASURES, measures, with_mean
+from analysis.metrics.result import Popularity
+from analysis.metrics.settings import STANDARD, UNITS, Settings
+from tracer.errors import UserError
+
+SEEDS_COLUMNS = {
+    "metric": pl.String,
+    **EXTRA,
+    "layer": pl.Int32,
+    **{
+        name: STANDARD[name]
+        for name in ("value", "low", "high", "null_hot", "null_independent", "null_shuffle", "n", "beats_null")
+    },
+}
+LEVELS = ("traces", "prompts")
+"""Whole recordings against each other, and each prompt against itself in the other recording."""
+
+
+def popularity_of(
+    model: str, layers: tuple[int, ...], scope: str, load: np.ndarray, requests: pl.DataFrame, numbers: dict[int, int]
+) -> Popularity:
+    """What a recording says of its experts' popularity. ``load`` int64 [G, L, E]; ``numbers`` {request: its place}.
+
+    A prompt is known by its number, dataset, length and, where it was kept, text.
+    """
+    names = [name for name in ("dataset", "prompt_tokens", "prompt") if name in requests.columns]
+    known = {int(row[0]): row for row in requests.select("request_id", *names).iter_rows()}
+    prompts: tuple[Hashable, ...] = tuple(known.get(request) for request in numbers)
+    return Popularity(model, layers, scope, prompts, load)
+
+
+def across(recordings: Mapping[str, Popularity], settings: Settings) -> pl.DataFrame:
+    """Agreement of every two recordings, by layer, and (``first`` null) the mean over pairs.
+
+    ``between`` traces: their loads over all prompts. Null: expert labels permuted, by formula. ``between`` prompts: the
+    mean over the prompts both hold, each against itself. Nulls: permuted labels (shuffle); another prompt of the other
+    recording (independent); the other recording's popularity over all its other prompts (hot). Prompts are matched
+    while each is a bootstrap unit of its own. Recordings of the same prompts are resampled together.
+
+    Raises
+    ------
+    UserError
+        Fewer than two recordings, or their layers or experts differ.
+    """
+    names, held = list(recordings), list(recordings.values())
+    if len(held) < 2:
+        raise UserError("Popularity is compared between recordings; give at least two traces of one model.")
+    for name, one in recordings.items():
+        if (one.layers, one.load.shape[2], one.scope) != (held[0].layers, held[0].load.shape[2], held[0].scope):
+            raise UserError(
+                f"{name} and {names[0]} differ in MoE layers, experts or rows counted; give traces of one model."
+            )
+    pairs = list(combinations(range(len(names)), 2))
+    size = max(1, held[0].load.shape[2] // 4)
+    made = {"traces": _whole(held, pairs, size, settings), "prompts": _matched(held, pairs, size, settings)}
+    labels = [*((names[a], names[b]) for a, b in pairs), (None, None)]
+    axes = {"metric": MEASURES, "pair": range(len(labels)), "layer": [*held[0].layers, None]}
+    frames = []
+    for level in LEVELS:
+        frame = grid_frame(axes, made[level], {"pair": pl.UInt32})
+        ends = [pl.Series([pair[end] for pair in labels], dtype=pl.String).gather(frame["pair"]) for end in (0, 1)]
+        told = (pl.lit(level).alias("between"), ends[0].alias("first"), ends[1].alias("second"))
+        frames.append(beats(frame.with_columns(told)).select(list(SEEDS_COLUMNS)))
+    return pl.concat(frames)
+
+
+def _means(array: np.ndarray) -> np.ndarray:
+    """[.., P, L] with the mean of the layers and then that of the pairs at the end, leaving out NaN."""
+    by_layer = with_mean(array)
+    return np.swapaxes(with_mean(np.swapaxes(by_layer, -1, -2)), -1, -2)
+
+
+def _whole(
+    held: list[Popularity], pairs: list[tuple[int, int]], size: int, settings: Settings
+) -> dict[str, np.ndarray]:
+    """Columns [3, P + 1, L + 1] between whole recordings."""
+    first, second = np.array(pairs).T
+    layers = range(len(held[0].layers))
+    total = np.stack([ordered_sum(one.load, 0) for one in held])
+    found = [measures(total[:, layer], size) for layer in layers]
+    value, null = (_means(np.stack([f[part][:, first, second] for f in found], axis=-1)) for part in (0, 1))
+    columns = {"value": value, "null_shuffle": null, "n": np.isfinite(value).astype(np.int64)}
+    columns |= dict.fromkeys(("null_hot", "null_independent", "low", "high"), np.full(value.shape, np.nan))
+    if min(len(one.load) for one in held) > 1:
+        weights = [_weights(held, place, settings) for place in range(len(held))]
+        drawn = []
+        for layer in layers:
+            loads = [w @ one.load[:, layer].astype(np.float64) for w, one in zip(weights, held, strict=True)]
+            drawn.append([measures(np.stack(draw), size)[0][:, first, second] for draw in zip(*loads, strict=True)])
+        replicates = _means(np.moveaxis(np.array(drawn), 0, -1))
+        columns |= _interval(replicates, settings)
+    return columns
+
+
+def _weights(held: list[Popularity], place: int, settings: Settings) -> np.ndarray:
+    """Weights [B, G] of a recording's prompts: those of the first recording that holds the same."""
+    mine = held[place].prompts
+    alike = [p for p in range(place) if held[p].prompts == mine and None not in mine]
+    seed = settings.seed + min([place, *alike])
+    return Bootstrap(len(held[place].load), min(settings.replicates, DRAWS), settings.level, seed).weights
+
+
+def _matched(
+    held: list[Popularity], pairs: list[tuple[int, int]], size: int, settings: Settings
+) -> dict[str, np.ndarray]:
+    """Columns [3, P + 1, L + 1] between the prompts that two recordings share."""
+    shape = (len(MEASURES), len(pairs), len(held[0].layers))
+    figures = {name: np.full(shape, np.nan) for name in ("value", "null_hot", "null_independent", "null_shuffle")}
+    counts = np.zeros(shape, np.int64)
+    draws = min(settings.replicates, DRAWS)
+    replicates = np.full((draws, *shape), np.nan)
+    for place, (a, b) in enumerate(pairs):
+        left, right = _shared(held[a], held[b])
+        weights = Bootstrap(len(left), draws, settings.level, settings.seed).weights
+        for layer in range(len(held[0].layers) if len(left) else 0):
+            one, other = held[a].load[left, layer], held[b].load[right, layer]
+            alike, permuted = _paired(one, other, size)
+            same = np.eye(len(left), dtype=bool)
+            known = ~np.isnan(alike)
+            counts[:, place, layer] = (known & same).sum(axis=(1, 2))
+            own, labels = alike[:, same], permuted[:, same]
+            figures["value"][:, place, layer] = _mean(own)
+            figures["null_shuffle"][:, place, layer] = _mean(labels)
+            figures["null_independent"][:, place, layer] = _mean(alike[:, ~same])
+            rest = [
+                _paired(x, ordered_sum(recording.load[:, layer], 0) - y, size)[0][:, same]
+                for x, y, recording in ((one, other, held[b]), (other, one, held[a]))
+            ]
+            figures["null_hot"][:, place, layer] = _mean(np.concatenate(rest, axis=1))
+            if len(weights):
+                top = np.where(np.isnan(own), 0, own) @ weights.T
+                replicates[:, :, place, layer] = divide(top, known[:, same].astype(np.float64) @ weights.T).T
+    columns = {name: _means(array) for name, array in figures.items()}
+    summed = counts.max(axis=2, initial=0)
+    by_pair = np.concatenate([counts, summed[:, :, None]], axis=2)
+    columns["n"] = np.concatenate([by_pair, by_pair.max(axis=1, initial=0)[:, None]], axis=1)
+    return columns | _interval(_means(replicates), settings)
+
+
+def _shared(one: Popularity, other: Popularity) -> tuple[np.ndarray, np.ndarray]:
+    """Units of the prompts both hold, int64 [R] twice."""
+    if max(len(one.prompts), len(other.prompts)) > UNITS:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    place = {prompt: unit for unit, prompt in enumerate(other.prompts) if prompt is not None}
+    found = [(unit, place[prompt]) for unit, prompt in enumerate(one.prompts) if prompt in place]
+    pairs = np.array(found, np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _paired(one: np.ndarray, other: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Agreement of loads [R, E] with loads [R, E], each with each, and with permuted labels: two [3, R, R]."""
+    value, permuted = measures(np.concatenate([one, other]), size)
+    return value[:, : len(one), len(one) :], permuted[:, : len(one), len(one) :]
+
+
+def _mean(array: np.ndarray) -> np.ndarray:
+    """Mean along the last axis, leaving out NaN; NaN where there is nothing."""
+    known = ~np.isnan(array)
+    return divide(ordered_sum(np.where(known, array, 0), array.ndim - 1), known.sum(axis=-1))
+
+
+def _interval(replicates: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
+    """Ends of the percentile interval of replicates [B, ...], NaN where every replicate is."""
+    ends = Bootstrap(0, 0, settings.level, 0).interval(replicates.reshape(len(replicates), -1))
+    return {name: end.reshape(replicates.shape[1:]) for name, end in zip(("low", "high"), ends, strict=True)}
