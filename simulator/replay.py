@@ -7,30 +7,36 @@ states go from segment to segment, so memory does not grow with the trace except
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from simulator.plan import Plan, make_plan
-from simulator.policy import ExpertStream, Selection, Trajectory
+from simulator.policy import ExpertStream
 from simulator.registry import describe
 from simulator.result import ReplayResult, cell_columns, forward_columns
 from simulator.runs import make_runs
-from simulator.streams.gather import absent_layer, check_trajectory, current_block_rows, gather_layer
+from simulator.streams.routed import RoutedLayer, RoutedSegment, Router
 from simulator.streams.spool import Spool, StreamSpool
-from simulator.streams.stream import build_stream, merge_streams
+from simulator.streams.stream import merge_streams
 from simulator.tallies.cells import RoutedCells
 from simulator.tallies.placement_tally import PlacementTally
 from simulator.tallies.summary import RoutingTally
 from tracer.errors import UserError
-from tracer.trace import LayerTrace, Segment
+from tracer.trace import Segment
 
 # A layer's router scores may take 64 MiB a segment and several copies while it is served.
 MAX_THREADS, MAX_THREADS_WITH_SCORES = 16, 4
+
+# Slots of a layer in a segment below which handing it to a thread costs more than serving it.
+SIDE_BY_SIDE = 1 << 14
+
+# Decisions, once for every routing policy, that a first pass keeps for the second; up to some 30 bytes each.
+KEPT_DECISIONS = 1 << 22
 
 
 def replay(
@@ -82,34 +88,26 @@ def replay(
             progress(done, None if calls is None else passes * int(calls))
 
     with ThreadPoolExecutor(threads) as pool, closing(StreamSpool()) as spool:
-        runner = _Runner(plan, pool, keep_cells)
+        runner = _Runner(plan, pool, spool, keep_cells)
         if plan.two_passes:
             for segment in trace.segments():
-                runner.survey(segment, spool)
+                runner.survey(segment)
                 count(segment)
-        runner.start(spool)
-        for segment in trace.segments():
-            runner.serve(segment)
-            count(segment)
+        runner.start()
+        for routed in runner.segments(trace):
+            runner.serve(routed)
+            count(routed.segment)
     return runner.result(trace)
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """A segment as one acceptance policy runs it."""
-
-    trajectory: Trajectory
-    forward_ids: np.ndarray  # uint32 [F]
-    block_rows: np.ndarray | None  # bool [R]
 
 
 class _Runner:
     """Policy states and tallies of a replay between segments."""
 
-    def __init__(self, plan: Plan, pool: ThreadPoolExecutor, keep_cells: bool) -> None:
+    def __init__(self, plan: Plan, pool: ThreadPoolExecutor, spool: StreamSpool, keep_cells: bool) -> None:
         geometry = plan.geometry
-        self.plan, self.pool, self.keep_cells = plan, pool, keep_cells
-        self.names = [describe(policy)["name"] for policy in plan.routings]
+        self.plan, self.pool, self.spool, self.keep_cells = plan, pool, spool, keep_cells
+        self.router = Router(plan)
+        self.residencies = [describe(policy)["name"] for policy in plan.residencies]
         self.pairs = [(r, p) for r in range(len(plan.routings)) for p in range(len(plan.residencies))]
         self.states: dict[tuple[int, int, int | None], Any] = {}
         self.routed = [RoutingTally(geometry) for _ in plan.routings]
@@ -120,68 +118,57 @@ class _Runner:
         self.tables = Spool()
         self.simulated = [False] * len(plan.acceptances)
         self.notes: list[list[str]] = [[] for _ in plan.acceptances]
-        self.next_id = [0] * len(plan.acceptances)
         self.requests: set[int] = set()
         self.recorded_forwards = 0
+        # What a first pass routed; None without one, and from when on it is too much.
+        self.kept: list[RoutedSegment] | None = [] if plan.two_passes else None
+        self.kept_decisions = 0
 
-    def _views(self, segment: Segment) -> list[_View]:
-        views = []
-        for a, policy in enumerate(self.plan.acceptances):
-            trajectory = policy.unroll(segment, self.plan.geometry)
-            check_trajectory(trajectory, segment, describe(policy)["name"])
-            ids = trajectory.forwards.forward_id
-            if not trajectory.recorded:
-                ids = np.arange(self.next_id[a], self.next_id[a] + len(ids), dtype=np.uint32)
-            views.append(_View(trajectory, ids, current_block_rows(trajectory, self.plan.geometry.block_length)))
-        return views
+    def _each(self, job: Callable[[Any], Any], items: Iterable[Any], slots: int) -> list[Any]:
+        """Answers in order, found side by side where a job has enough slots to be worth a thread."""
+        return list((self.pool.map if slots >= SIDE_BY_SIDE else map)(job, items))
 
-    def _streams(
-        self, segment: Segment, views: list[_View], at: int
-    ) -> Iterator[tuple[int, LayerTrace, Selection, ExpertStream]]:
-        """One layer under every routing policy: its number, the gathered layer, the selection and its stream."""
+    def _layers(self, job: Callable[[int], Any], segment: Segment) -> list[Any]:
         geometry = self.plan.geometry
-        number = geometry.layers[at]
-        if number in segment.layers:
-            recorded = segment.layer(number, self.plan.with_scores)
-        else:
-            recorded = absent_layer(number, segment.forwards, geometry.routers[number])
-        gathered: dict[int, LayerTrace] = {}
-        for r, policy in enumerate(self.plan.routings):
-            a = self.plan.acceptance_of[r]
-            trajectory = views[a].trajectory
-            if a not in gathered:
-                gathered[a] = gather_layer(recorded, segment.forwards, trajectory)
-            layer = gathered[a]
-            if layer.present.any():
-                selection = policy.select(layer, trajectory, geometry)
-            else:
-                selection = Selection(layer.expert_ids, layer.count, None)
-            offsets = trajectory.forwards.row_offsets
-            stream = build_stream(selection, offsets, at, geometry.num_experts, layer.present, self.names[r])
-            yield r, layer, selection, stream
+        return self._each(job, range(len(geometry.layers)), segment.forwards.num_rows * geometry.top_k)
 
-    def _layers(self, job: Callable[[int], Any]) -> list[Any]:
-        return list(self.pool.map(job, range(len(self.plan.geometry.layers))))
+    def survey(self, segment: Segment) -> None:
+        """First pass: keep a segment as it is routed, or put only its streams aside where the trace is large."""
+        plan = self.plan
+        routed = self.router.begin(segment)
+        rows = sum(routed.views[a].trajectory.forwards.num_rows for a in plan.acceptance_of)
+        self.kept_decisions += rows * len(plan.geometry.layers) * plan.geometry.top_k
+        if self.kept is not None and self.kept_decisions <= KEPT_DECISIONS:
 
-    def survey(self, segment: Segment, spool: StreamSpool) -> None:
-        """First pass: put a segment's streams aside for policies that look at the whole run."""
-        views = self._views(segment)
+            def keep(at: int) -> list[RoutedLayer]:
+                # No tally reads scores.
+                return [
+                    replace(one, layer=replace(one.layer, router_scores=None)) for one in self.router.layers(routed, at)
+                ]
 
-        def job(at: int) -> None:
-            for r, _, _, stream in self._streams(segment, views, at):
-                spool.put_stream((r, at), stream)
+            routed.kept = self._layers(keep, segment)
+            self.kept.append(routed)
+            return
 
-        self._layers(job)
+        def put_aside(at: int) -> None:
+            for earlier in (*(self.kept or ()), routed):
+                for r, one in enumerate(self.router.layers(earlier, at)):
+                    self.spool.put_stream((r, at), one.stream)
 
-    def start(self, spool: StreamSpool) -> None:
+        self._layers(put_aside, segment)
+        self.kept = None
+
+    def start(self) -> None:
         """Initial states of every policy, in every layer or over all of them."""
-        geometry = self.plan.geometry
+        geometry, kept = self.plan.geometry, self.kept
         layers = range(len(geometry.layers))
 
         def streams(r: int, at: int | None) -> Iterable[ExpertStream]:
+            if kept is not None:
+                return [routed.merged(r) if at is None else routed.kept[at][r].stream for routed in kept if routed.kept]
             if at is not None:
-                return spool.streams((r, at))
-            return map(merge_streams, zip(*(spool.streams((r, each)) for each in layers), strict=True))
+                return self.spool.streams((r, at))
+            return map(merge_streams, zip(*(self.spool.streams((r, each)) for each in layers), strict=True))
 
         def job(key: tuple[int, int, int | None]) -> Any:
             r, p, at = key
@@ -193,59 +180,71 @@ class _Runner:
             for r, p in self.pairs
             for at in ((None,) if self.plan.residencies[p].scope == "global" else layers)
         ]
-        self.states = dict(zip(keys, self.pool.map(job, keys), strict=True))
+        # Policies that fit to streams on disk are worth a thread.
+        surveyed = self.kept_decisions if kept is None else 0
+        self.states = dict(zip(keys, self._each(job, keys, surveyed), strict=True))
+        if kept is None:
+            self.router = Router(self.plan)
 
-    def serve(self, segment: Segment) -> None:
+    def segments(self, trace: Any) -> Iterable[RoutedSegment]:
+        """The trace's segments to be served, as the first pass kept them or begun anew."""
+        return map(self.router.begin, trace.segments()) if self.kept is None else self.kept
+
+    def serve(self, routed: RoutedSegment) -> None:
         """Route and place a segment, and add it to every tally."""
-        plan, geometry = self.plan, self.plan.geometry
-        views = self._views(segment)
-        layers = len(geometry.layers)
-        of_routing = [views[a] for a in plan.acceptance_of]
-        routed = [RoutedCells.empty(view.trajectory, layers) for view in of_routing]
+        plan = self.plan
+        of_routing = [routed.views[a] for a in plan.acceptance_of]
+        cells = [RoutedCells.empty(view.trajectory, len(plan.geometry.layers)) for view in of_routing]
         for r, p in self.pairs:
             self.placed[r, p].begin(of_routing[r].trajectory, self.keep_cells)
         shared = [p for p, policy in enumerate(plan.residencies) if policy.scope == "global"]
+        alone = [p for p in range(len(plan.residencies)) if p not in shared]
 
         def place(r: int, p: int, at: int | None, stream: ExpertStream) -> None:
-            policy, key = plan.residencies[p], (r, p, at)
+            key = (r, p, at)
             forwards = of_routing[r].trajectory.forwards
-            placement, self.states[key] = policy.place(stream, forwards, geometry, self.states[key])
-            self.placed[r, p].serve(stream, placement, describe(policy)["name"])
+            placement, self.states[key] = plan.residencies[p].place(stream, forwards, plan.geometry, self.states[key])
+            self.placed[r, p].serve(stream, placement, self.residencies[p])
 
         def job(at: int) -> list[ExpertStream]:
-            kept = []
-            for r, layer, selection, stream in self._streams(segment, views, at):
+            streams = []
+            for r, one in enumerate(self.router.layers(routed, at)):
                 view = of_routing[r]
-                self.routed[r].serve(routed[r], at, layer, selection, stream, view.trajectory, view.block_rows)
-                for p in range(len(plan.residencies)):
-                    if p not in shared:
-                        place(r, p, at, stream)
-                kept.append(stream)
-            return kept if shared else []
+                self.routed[r].serve(
+                    cells[r], at, one.layer, one.selection, one.stream, view.trajectory, view.block_rows
+                )
+                for p in alone:
+                    place(r, p, at, one.stream)
+                streams.append(one.stream)
+            return streams if shared and routed.kept is None else []
 
-        by_layer = self._layers(job)
+        by_layer = self._layers(job, routed.segment)
         if shared:
-            merged = [merge_streams(list(of_layer)) for of_layer in zip(*by_layer, strict=True)]
-            every = [(r, p) for r in range(len(plan.routings)) for p in shared]
-            list(self.pool.map(lambda pair: place(pair[0], pair[1], None, merged[pair[0]]), every))
-        self._tally(segment, views, routed)
+            routings = range(len(plan.routings))
+            if routed.kept is None:
+                merged = [merge_streams(list(of_layer)) for of_layer in zip(*by_layer, strict=True)]
+            else:
+                merged = [routed.merged(r) for r in routings]
+            every = [(r, p) for r in routings for p in shared]
+            largest = max(len(stream.experts) for stream in merged)
+            self._each(lambda pair: place(pair[0], pair[1], None, merged[pair[0]]), every, largest)
+        self._tally(routed, cells)
 
-    def _tally(self, segment: Segment, views: list[_View], routed: list[RoutedCells]) -> None:
-        plan = self.plan
+    def _tally(self, routed: RoutedSegment, cells: list[RoutedCells]) -> None:
+        plan, segment = self.plan, routed.segment
         self.requests.update(np.unique(segment.forwards.request_id).tolist())
         self.recorded_forwards += segment.forwards.num_forwards
-        for a, view in enumerate(views):
+        for a, view in enumerate(routed.views):
             self.simulated[a] |= not view.trajectory.recorded
             self.notes[a] += [note for note in view.trajectory.notes if note not in self.notes[a]]
-            self.next_id[a] += len(view.forward_ids)
             self.tables.put(a, forward_columns(view.forward_ids, view.trajectory))
         for r, p in self.pairs:
-            view = views[plan.acceptance_of[r]]
+            view = routed.views[plan.acceptance_of[r]]
             if p == 0:
-                self.routed[r].add(view.trajectory, routed[r])
+                self.routed[r].add(view.trajectory, cells[r])
             placed = self.placed[r, p].end(view.trajectory)
             if placed is not None:
-                self.tables.put((r, p), cell_columns(view.forward_ids, plan.geometry.layers, routed[r], placed))
+                self.tables.put((r, p), cell_columns(view.forward_ids, plan.geometry.layers, cells[r], placed))
 
     def result(self, trace: Any) -> ReplayResult:
         """Everything served so far."""

@@ -13,7 +13,6 @@ import numpy as np
 from simulator.policy import ExpertStream, Placement, Selection, Trajectory
 from simulator.streams.stream import block_unique
 from simulator.tallies.counting import unique_experts
-from tracer.errors import UserError
 from tracer.jit import njit
 from tracer.trace import LayerTrace
 
@@ -73,33 +72,12 @@ class PlacedCells:
         return cls(*(np.zeros((forwards, layers), kind) for kind in (wide, narrow, wide, narrow, narrow, narrow)))
 
     def fill(self, stream: ExpertStream, placement: Placement, sums: np.ndarray) -> None:
-        """Fill the cells of a stream, of one layer or of all; ``sums`` from :func:`placed_sums`."""
+        """Fill the cells of a stream, of one layer or of all; ``sums`` from :class:`PlacementTally`."""
         at = stream.cell_forward, stream.cell_layer
         columns = (*sums[:, :4].T, placement.promotions, placement.demotions)
         targets = self.gpu_tokens, self.gpu_experts, self.hit_tokens, self.hit_experts, self.promotions, self.demotions
         for target, column in zip(targets, columns, strict=True):
             target[at] = column
-
-
-def placed_sums(stream: ExpertStream, placement: Placement, policy: str) -> np.ndarray:
-    """gpu_tokens, gpu_experts, hit_tokens, hit_experts and tokens of each cell, int64 [C, 5].
-
-    Raises
-    ------
-    UserError
-        The placement does not answer every entry and cell of the stream.
-    """
-    number, lookups = len(stream.cell_forward), len(stream.experts)
-    counts = (placement.promotions, placement.demotions, placement.copied_back, placement.resident)
-    of_cells = [array for array in (*counts, placement.refreshed, placement.resident_bytes) if array is not None]
-    if any(len(a) != lookups for a in (placement.hit, placement.on_gpu)) or any(len(a) != number for a in of_cells):
-        raise UserError(
-            f"The residency policy {policy} did not answer {lookups} lookups and {number} cells; "
-            "return one hit and one place a lookup, and one count a cell."
-        )
-    sums = np.zeros((number, 5), np.int64)
-    _sums(stream.offsets, stream.tokens, placement.hit, placement.on_gpu, sums)
-    return sums
 
 
 def fill_routed(
@@ -187,18 +165,6 @@ def _retain(
     )
     if weights is not None:
         cells.kept[:, at], cells.vanilla[:, at] = of_kept, of_all
-
-
-@njit
-def _sums(offsets, tokens, hit, on_gpu, sums):
-    for c in range(len(offsets) - 1):
-        for i in range(offsets[c], offsets[c + 1]):
-            there, found = np.int64(on_gpu[i]), np.int64(hit[i])
-            sums[c, 0] += there * tokens[i]
-            sums[c, 1] += there
-            sums[c, 2] += found * tokens[i]
-            sums[c, 3] += found
-            sums[c, 4] += tokens[i]
 
 
 @njit

@@ -13,14 +13,18 @@ import numpy as np
 
 from simulator.cost import PARTS, CostModel
 from simulator.policy import ExpertStream, Geometry, Placement, Trajectory
-from simulator.tallies.cells import PlacedCells, placed_sums
+from simulator.tallies.cells import PlacedCells
 from simulator.tallies.exact_sum import ExactSums
 from simulator.tallies.summary import ratio
+from tracer.errors import UserError
 from tracer.jit import njit
 from tracer.schema import KINDS
 
 # Hit rates by lag are kept for this many forwards of a layer since its last refresh.
 LAGS = 64
+
+# For what a placement does not say.
+NO_COUNTS, NO_FLAGS = np.zeros(0, np.int64), np.zeros(0, np.bool_)
 
 TOTALS = ("gpu_tokens", "hit_tokens", "promotions", "demotions", "copied_back", "hit_experts", "lookups")
 GPU_TOKENS, HIT_TOKENS, PROMOTIONS, DEMOTIONS, COPIED_BACK, HIT_EXPERTS, LOOKUPS = range(len(TOTALS))
@@ -64,22 +68,51 @@ class PlacementTally:
         UserError
             The placement does not answer every entry and cell of the stream.
         """
-        sums = placed_sums(stream, placement, policy)
-        size = self.sizes[stream.cell_layer]
-        held = placement.resident * size if placement.resident_bytes is None else placement.resident_bytes
-        moved = np.stack((placement.promotions, placement.demotions, placement.copied_back, held))
-        lookups = np.diff(stream.offsets)
-        _add_cells(self._kind[stream.cell_forward], stream.cell_layer, lookups, sums, moved, self.totals, self.held)
-        if placement.refreshed is not None:
-            surplus = lookups < placement.resident
-            _add_lags(stream.cell_layer, placement.refreshed, surplus, sums, self.lag, self.refreshes, self.by_lag)
+        sums = self._sums(stream, placement, policy)
         if self._cells is not None:
             self._cells.fill(stream, placement, sums)
         first = int(stream.cell_layer[0]) if len(stream.cell_layer) else 0
         for seconds, parts, cost in zip(self._layer_seconds, self.parts[first], self.costs, strict=True):
-            found = cost.cell_seconds(stream, placement, size)
+            found = cost.cell_seconds(stream, placement, self.sizes[stream.cell_layer])
             seconds[stream.cell_forward, stream.cell_layer] = cost.layer_seconds(found)
             parts.add(found)
+
+    def _sums(self, stream: ExpertStream, placement: Placement, policy: str) -> np.ndarray:
+        """Add to all totals but seconds; gives gpu_tokens, gpu_experts, hit_tokens, hit_experts and tokens, int64 [C, 5]."""
+        number, lookups = len(stream.cell_forward), len(stream.experts)
+        hit, on_gpu, held, refreshed = placement.hit, placement.on_gpu, placement.resident_bytes, placement.refreshed
+        moved = placement.promotions, placement.demotions, placement.copied_back, placement.resident
+        lengths = {
+            *map(len, moved),
+            number if held is None else len(held),
+            number if refreshed is None else len(refreshed),
+        }
+        if lengths != {number} or not len(hit) == len(on_gpu) == lookups:
+            raise UserError(
+                f"The residency policy {policy} did not answer {lookups} lookups and {number} cells; "
+                "return one hit and one place a lookup, and one count a cell."
+            )
+        sums = np.empty((number, 5), np.int64)
+        _add_cells(
+            self._kind,
+            self.sizes,
+            stream.cell_forward,
+            stream.cell_layer,
+            stream.offsets,
+            stream.tokens,
+            np.ascontiguousarray(hit, np.bool_),
+            np.ascontiguousarray(on_gpu, np.bool_),
+            *(np.ascontiguousarray(counts, np.int64) for counts in moved),
+            NO_COUNTS if held is None else np.ascontiguousarray(held, np.int64),
+            NO_FLAGS if refreshed is None else np.ascontiguousarray(refreshed, np.bool_),
+            sums,
+            self.totals,
+            self.held,
+            self.lag,
+            self.refreshes,
+            self.by_lag,
+        )
+        return sums
 
     def end(self, trajectory: Trajectory) -> PlacedCells | None:
         """Add up the seconds of a segment's forwards; gives its cells where they are kept."""
@@ -141,31 +174,64 @@ class PlacementTally:
 
 
 @njit
-def _add_cells(kind, layer, lookups, sums, moved, totals, held):
-    """Add cells to ``totals`` [L, kinds, 7], columns as in ``TOTALS``, and to the most bytes held [L]."""
-    for c in range(len(kind)):
-        row = totals[layer[c], kind[c]]
-        row[0] += sums[c, 0]
-        row[1] += sums[c, 2]
-        row[2] += moved[0, c]
-        row[3] += moved[1, c]
-        row[4] += moved[2, c]
-        row[5] += sums[c, 3]
-        row[6] += lookups[c]
-        held[layer[c]] = max(held[layer[c]], moved[3, c])
+def _add_cells(
+    kinds,
+    sizes,
+    cell_forward,
+    cell_layer,
+    offsets,
+    tokens,
+    hit,
+    on_gpu,
+    promotions,
+    demotions,
+    copied_back,
+    resident,
+    resident_bytes,
+    refreshed,
+    sums,
+    totals,
+    held,
+    lag,
+    refreshes,
+    by_lag,
+):
+    """Fill ``sums`` [C, 5] and add to all else: ``totals`` [L, kinds, 7] as in ``TOTALS``, the most bytes held [L], refreshes.
 
-
-@njit
-def _add_lags(layer, refreshed, surplus, sums, lag, refreshes, by_lag):
-    """Count refreshes and add hit and all tokens by the forwards of the layer since its last one."""
-    for c in range(len(refreshed)):
-        at = layer[c]
+    No ``resident_bytes``: the resident experts' own. No ``refreshed``: the policy has no refreshes.
+    """
+    for c in range(len(cell_forward)):
+        at = cell_layer[c]
+        start, stop = offsets[c], offsets[c + 1]
+        of_gpu = experts_gpu = of_hits = experts_hit = every = np.int64(0)
+        for i in range(start, stop):
+            there, found, load = np.int64(on_gpu[i]), np.int64(hit[i]), np.int64(tokens[i])
+            of_gpu += there * load
+            experts_gpu += there
+            of_hits += found * load
+            experts_hit += found
+            every += load
+        sums[c, 0], sums[c, 1], sums[c, 2], sums[c, 3], sums[c, 4] = of_gpu, experts_gpu, of_hits, experts_hit, every
+        row = totals[at, kinds[cell_forward[c]]]
+        row[0] += of_gpu
+        row[1] += of_hits
+        row[2] += promotions[c]
+        row[3] += demotions[c]
+        row[4] += copied_back[c]
+        row[5] += experts_hit
+        row[6] += stop - start
+        bytes_held = resident_bytes[c] if len(resident_bytes) else resident[c] * sizes[at]
+        held[at] = max(held[at], bytes_held)
+        if len(refreshed) == 0:
+            continue
         if refreshed[c]:
             refreshes[at, 0] += 1
-            refreshes[at, 1] += surplus[c]
+            # Fewer active experts than the budget.
+            refreshes[at, 1] += stop - start < resident[c]
             lag[at] = 0
         elif lag[at] >= 0:
             lag[at] += 1
+        # Tokens by the forwards of the layer since its last refresh.
         if lag[at] >= 0 and lag[at] < by_lag.shape[1]:
-            by_lag[at, lag[at], 0] += sums[c, 2]
-            by_lag[at, lag[at], 1] += sums[c, 4]
+            by_lag[at, lag[at], 0] += of_hits
+            by_lag[at, lag[at], 1] += every
