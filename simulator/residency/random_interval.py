@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simulator.budget import Budgeted
+from simulator.caching.refresh import refreshed_placement
 from simulator.policy import ExpertStream, Geometry, Placement
-from simulator.residency.tide import _serve
 from tracer.errors import UserError
 from tracer.jit import njit
 from tracer.schema import COMMIT, DECODE, PREFILL
@@ -65,18 +65,7 @@ class RandomInterval(Budgeted):
         """Serve one layer's cells in order; the resident set persists over blocks and requests."""
         resident, seen = state[0].copy(), dict(state[1])
         refresh = self.refreshes(forwards, geometry.first_block, seen)
-        cells = len(stream.cell_forward)
-        hit = np.empty(len(stream.experts), bool)
-        moved = np.zeros(cells, np.int64)
-        held = int(resident.sum())
-        # A call without active experts leaves the set as it is.
-        refreshed = refresh[stream.cell_forward] & (np.diff(stream.offsets) > 0)
-        _serve(stream.offsets, stream.experts, stream.tokens, refreshed, held, resident, hit, moved)
-        back = moved if self.copy_back else np.zeros(cells, np.int64)
-        return Placement(hit, hit, moved, moved, back, np.full(cells, held, np.int64), None, refreshed), (
-            resident,
-            seen,
-        )
+        return refreshed_placement(stream, refresh, resident, self.copy_back), (resident, seen)
 
     def refreshes(
         self, forwards: ForwardTable, first_block: dict[int, int], seen: dict[int, tuple[int, int, int]]

@@ -59,7 +59,7 @@ class Static(Budgeted):
     @cached_property
     def _popularity(self) -> tuple[Geometry, np.ndarray]:
         """Geometry of the trace to fit on, and the tokens of its experts, int64 [L, E]."""
-        from tracer.files.reader import open_trace
+        from tracer.parquet import open_trace
 
         trace = open_trace(str(self.fit_on))
         return geometry_of(trace), recorded_loads(trace)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simulator.budget import Budgeted
+from simulator.caching.refresh import refreshed_placement
 from simulator.policy import ExpertStream, Geometry, Placement
 from tracer.errors import UserError
-from tracer.jit import njit
 from tracer.schema import COMMIT, DECODE, PREFILL
 from tracer.trace import ForwardTable
 
@@ -56,18 +56,7 @@ class Tide(Budgeted):
         """Serve one layer's cells in order; the resident set persists over blocks and requests."""
         resident, decoded = state[0].copy(), dict(state[1])
         refresh = refreshes(forwards, geometry.first_block, self.refresh_interval, decoded)
-        cells = len(stream.cell_forward)
-        hit = np.empty(len(stream.experts), bool)
-        moved = np.zeros(cells, np.int64)
-        held = int(resident.sum())
-        # A call without active experts leaves the set as it is.
-        refreshed = refresh[stream.cell_forward] & (np.diff(stream.offsets) > 0)
-        _serve(stream.offsets, stream.experts, stream.tokens, refreshed, held, resident, hit, moved)
-        back = moved if self.copy_back else np.zeros(cells, np.int64)
-        return Placement(hit, hit, moved, moved, back, np.full(cells, held, np.int64), None, refreshed), (
-            resident,
-            decoded,
-        )
+        return refreshed_placement(stream, refresh, resident, self.copy_back), (resident, decoded)
 
 
 def refreshes(
@@ -99,48 +88,3 @@ def refreshes(
     if not len(wanted):
         return wanted
     return np.logical_or.reduceat(wanted, forwards.part_offsets[:-1])
-
-
-@njit
-def _serve(offsets, experts, tokens, refresh, budget, resident, hit, moved):
-    target = np.zeros(len(resident), np.bool_)
-    load = np.zeros(len(resident), np.int64)
-    for c in range(len(offsets) - 1):
-        first, stop = offsets[c], offsets[c + 1]
-        if refresh[c] and stop > first:
-            largest = 0
-            for i in range(first, stop):
-                load[experts[i]] = tokens[i]
-                largest = max(largest, int(tokens[i]))
-            # The B-th largest load: the most any load can be with at least B experts as loaded.
-            low, high = 0, largest
-            while low < high:
-                middle = (low + high + 1) // 2
-                as_loaded = 0
-                for i in range(first, stop):
-                    as_loaded += tokens[i] >= middle
-                if as_loaded >= budget:
-                    low = middle
-                else:
-                    high = middle - 1
-            ties = budget
-            for i in range(first, stop):
-                ties -= tokens[i] > low
-            promoted = 0
-            for e in range(len(resident)):
-                target[e] = load[e] > low
-                if load[e] == low and low > 0 and ties > 0:
-                    target[e] = True
-                    ties -= 1
-                promoted += target[e] and not resident[e]
-                load[e] = 0
-            demote = promoted
-            for e in range(len(resident)):
-                if target[e]:
-                    resident[e] = True
-                elif resident[e] and demote > 0:
-                    resident[e] = False
-                    demote -= 1
-            moved[c] = promoted
-        for i in range(first, stop):
-            hit[i] = resident[experts[i]]
