@@ -16,10 +16,10 @@ import numpy as np
 
 from simulator.expert_placement import PLACEMENTS, place_experts
 from simulator.plan import make_plan
-from simulator.policy import ExpertStream, Geometry, Selection
+from simulator.policy import ExpertStream, Geometry
 from simulator.registry import describe
-from simulator.streams.gather import absent_layer, check_trajectory, gather_layer, geometry_of
-from simulator.streams.stream import build_stream
+from simulator.streams.gather import geometry_of
+from simulator.streams.routed import Router
 from tracer.errors import UserError
 from tracer.jit import njit
 from tracer.schema import KINDS
@@ -68,32 +68,15 @@ def routed_streams(trace: Any, routing: Any = "vanilla") -> Iterator[RoutedStrea
     UserError
         A spec that does not load, or a policy that needs what the trace does not hold.
     """
+    # Loads are counted, whatever the order, and all_resident asks for none.
     plan = make_plan(trace, [routing], ["all_resident"], None)
-    policy, acceptance, geometry = plan.routings[0], plan.acceptances[0], plan.geometry
-    name = describe(policy)["name"]
-    first = 0
+    router = Router(plan)
     for segment in trace.segments():
-        trajectory = acceptance.unroll(segment, geometry)
-        check_trajectory(trajectory, segment, describe(acceptance)["name"])
-        forwards = trajectory.forwards
-        ids = forwards.forward_id
-        if not trajectory.recorded:
-            ids = np.arange(first, first + len(ids), dtype=np.uint32)
-            first += len(ids)
-        for at, number in enumerate(geometry.layers):
-            if number in segment.layers:
-                recorded = segment.layer(number, plan.with_scores)
-            else:
-                recorded = absent_layer(number, segment.forwards, geometry.routers[number])
-            layer = gather_layer(recorded, segment.forwards, trajectory)
-            if layer.present.any():
-                selection = policy.select(layer, trajectory, geometry)
-            else:
-                selection = Selection(layer.expert_ids, layer.count, None)
-            # Loads are counted, whatever the order.
-            offsets, present = forwards.row_offsets, layer.present
-            stream = build_stream(selection, offsets, at, geometry.num_experts, present, name, ordered=False)
-            yield RoutedStream(ids, forwards.forward_kind, stream)
+        routed = router.begin(segment)
+        view = routed.views[0]
+        for at in range(len(plan.geometry.layers)):
+            for layer in router.layers(routed, at):
+                yield RoutedStream(view.forward_ids, view.trajectory.forwards.forward_kind, layer.stream)
 
 
 @njit
