@@ -16,6 +16,7 @@ import sys
 import types
 import typing
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +37,7 @@ class PolicyInfo:
 
 def policy_names(axis: str) -> list[str]:
     """Names of the policies that come with the package, sorted; imports none of them."""
-    folder = Path(__file__).parent / axis
-    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+    return list(_own_names(axis))
 
 
 def list_policies(axis: str) -> list[PolicyInfo]:
@@ -82,7 +82,7 @@ def load_policy(axis: str, spec: str) -> Any:
     name, _, rest = spec.partition(":")
     policy = _policy_class(_module(axis, name.strip()), axis, name.strip())
     fields = {f.name for f in dataclasses.fields(policy)}
-    hints = typing.get_type_hints(policy)
+    hints = _hints(policy)
     given: dict[str, Any] = {}
     for item in rest.split(",") if rest else ():
         key, equals, text = (part.strip() for part in item.partition("="))
@@ -103,6 +103,18 @@ def describe(policy: Any) -> dict[str, Any]:
     parameters = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
     name = type(policy).__module__.rsplit(".", 1)[-1]
     return {"name": name, "parameters": {k: v for k, v in parameters.items() if v is not None}}
+
+
+@cache
+def _own_names(axis: str) -> tuple[str, ...]:
+    folder = Path(__file__).parent / axis
+    return tuple(sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")))
+
+
+@lru_cache(maxsize=256)
+def _hints(policy: type) -> dict[str, Any]:
+    """Types of a policy's parameters; evaluated once, as grids load a policy many times."""
+    return typing.get_type_hints(policy)
 
 
 def _required(field: dataclasses.Field) -> bool:
