@@ -53,7 +53,7 @@ class IntervalCells:
 
     def end(self, forwards: ForwardTable, layers: list[np.ndarray]) -> None:
         """Add up a segment's calls: everything but experts, and the layers one after the other."""
-        dense = self.cost.dense_seconds(np.diff(forwards.row_offsets))
+        dense = self.cost.dense_seconds(forwards)
         for i, seconds in enumerate(np.stack(layers, axis=-1)):
             self.seconds[i] += (dense + seconds.sum(axis=1)).tolist()
 

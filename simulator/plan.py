@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simulator.cost import CostModel, priced_on
+from simulator.cost import CostModel
 from simulator.policy import ACTIVE, BRANCHES, CONFIDENCE, SCORES, TOKENS, WEIGHTS, Geometry
+from simulator.pricing import priced_on
 from simulator.registry import describe, load_policy
 from simulator.streams.gather import geometry_of
 from simulator.streams.loads import recorded_loads
@@ -74,7 +75,7 @@ def make_plan(
     routing, residency : sequence
         Specs or policy objects.
     hardware : str or sequence of str, optional
-        Hardware specs, see :func:`simulator.cost.priced_on`. On one machine, policies that decide by its speed learn of it.
+        Hardware specs, see :func:`simulator.pricing.priced_on`. On one machine, policies that decide by its speed learn of it.
 
     Raises
     ------

@@ -59,7 +59,7 @@ def replay(
     routing, residency : sequence
         Specs (``"tide:budget=64,refresh_interval=4"``) or policy objects.
     hardware : str or sequence of str, optional
-        Preset names or TOML paths with their options, see :func:`simulator.cost.priced_on`.
+        Preset names or TOML paths with their options, see :func:`simulator.pricing.priced_on`.
     progress : callable, optional
         ``progress(done, total)`` after every segment, in model calls; ``total`` is None where the trace does not know it.
     keep_cells : bool

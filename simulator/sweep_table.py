@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simulator.cost import PARTS, priced_on
+from simulator.cost import PARTS
+from simulator.pricing import priced_on
 from simulator.registry import describe
 from simulator.result import Run
 from simulator.tallies.working_set import WINDOWS

@@ -164,6 +164,9 @@ class ModelInfo:
     dtype: str | None
     revision: str | None = None
     class_name: str | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,9 +116,8 @@ class PlacementTally:
 
     def end(self, trajectory: Trajectory) -> PlacedCells | None:
         """Add up the seconds of a segment's forwards; gives its cells where they are kept."""
-        rows = np.diff(trajectory.forwards.row_offsets)
         for total, cost, seconds in zip(self.seconds, self.costs, self._layer_seconds, strict=True):
-            dense = cost.dense_seconds(rows)
+            dense = cost.dense_seconds(trajectory.forwards)
             total.add(np.column_stack((dense, dense + seconds.sum(axis=1))))
         cells, self._layer_seconds, self._cells = self._cells, [], None
         return cells

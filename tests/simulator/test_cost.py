@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.cost import CostModel, cost_model, priced_on, split_spec
+from simulator.cost import CostModel
 from simulator.policy import Placement
 from simulator.presets import Hardware, Line, load_hardware
-from tests.simulator.traces import meta_of, stream_of
+from simulator.pricing import cost_model, priced_on, split_spec
+from tests.simulator.traces import forward_table, meta_of, stream_of
 from tracer.errors import UserError
+from tracer.schema import DENOISE
 from tracer.trace import RouterSpec
 
 MACHINE = Hardware(
@@ -79,9 +81,43 @@ def test_layers_add_up_serially_or_side_by_side():
 
 def test_dense_weights_are_read_once_or_computed():
     model = CostModel(MACHINE, HIDDEN, INTER, DENSE, WIDTH)
-    few, many = model.dense_seconds(np.array([1, 10**6])).tolist()
+    calls = forward_table([[(0, DENOISE, 0, 0, rows, 0, 0)] for rows in (1, 10**6)])
+    few, many = model.dense_seconds(calls).tolist()
     assert few == DENSE / MACHINE.gpu_bytes_per_s
     assert many == pytest.approx(2 * (DENSE / WIDTH) * 10**6 / MACHINE.gpu_flops, rel=1e-12)
+
+
+@given(
+    calls=st.lists(
+        st.lists(st.tuples(st.integers(1, 9), st.integers(0, 10**6), st.integers(1, 4)), min_size=1, max_size=3),
+        max_size=4,
+    )
+)
+@settings(max_examples=80, deadline=None)
+def test_attention_reads_what_is_cached_or_computes_every_pair(calls):
+    layers, heads, kv_heads, head_dim = 3, 8, 2, 16
+    about = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    info = meta_of({layer: RouterSpec(8, 2) for layer in range(layers)}, **about).model
+    cost, note = cost_model(MACHINE, info)
+    without, other_note = cost_model(MACHINE, dataclasses.replace(info, num_kv_heads=None))
+    assert "Attention is left out" in other_note and "ttention" not in note
+    parts = [part for call in calls for part in call]
+    table = forward_table(
+        [[(r, DENOISE, 0, 0, rows * n, 0, 0) for r, (rows, _, n) in enumerate(call)] for call in calls]
+    )
+    table = dataclasses.replace(
+        table,
+        kv_tokens=np.array([cached for _, cached, _ in parts], np.int64),
+        branches=np.array([n for *_, n in parts], np.uint8),
+    )
+    expected = []
+    for call in calls:
+        read = sum(layers * 2 * kv_heads * head_dim * WIDTH * cached for _, cached, _ in call)
+        # Every row of every branch with every token it sees: one product for its score, one for its value.
+        pairs = sum(n * rows * (cached + rows) for rows, cached, n in call)
+        expected.append(max(read / MACHINE.gpu_bytes_per_s, layers * 4 * heads * head_dim * pairs / MACHINE.gpu_flops))
+    found = cost.dense_seconds(table) - without.dense_seconds(table)
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_trace_that_does_not_know_its_model_has_no_latency():

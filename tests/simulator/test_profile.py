@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from simulator import profile
-from simulator.cost import cost_model
 from simulator.measuring import gpu as measure_gpu
 from simulator.measuring import host as measure_host
 from simulator.measuring.host import Limits
 from simulator.presets import PARTS, load_hardware
+from simulator.pricing import cost_model
 from tests.simulator.traces import meta_of
 from tracer.errors import UserError
 from tracer.trace import RouterSpec

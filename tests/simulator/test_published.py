@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from simulator.budget import GIB
-from simulator.cost import CostModel, priced_on
+from simulator.cost import CostModel
 from simulator.model_presets import load_model_spec
 from simulator.policy import Placement
 from simulator.presets import load_hardware
+from simulator.pricing import priced_on
 from simulator.residency.tide import Tide
 from tests.simulator.traces import geometry, meta_of, stream_of
 from tracer.trace import RouterSpec

@@ -20,6 +20,7 @@ from tracer.trace import RouterSpec
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 SHARED = ("num_shared_experts", "n_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+HIDDEN = ("hidden_size", "d_model", "n_embd")
 INTERMEDIATE = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size", "intermediate_size")
 
 
@@ -63,15 +64,27 @@ def describe_model(
             "moe_layers": list(gates.layers),
             "num_experts": gates.num_experts,
             "top_k": gates.top_k,
-            "hidden_size": setting(("hidden_size", "d_model", "n_embd"), config),
+            "hidden_size": setting(HIDDEN, config),
             "moe_intermediate_size": setting(INTERMEDIATE, config),
             "num_shared_experts": int(shared),
+            **_heads(config),
             "expert_bytes": sizes.pop() if len(sizes) == 1 else {str(k): v for k, v in sorted(expert_bytes.items())},
             "dense_bytes": dense,
             "dtype": str(next(first.experts.parameters()).dtype).removeprefix("torch."),
         },
         "router": _router_section(gates, config),
     }
+
+
+def _heads(config: Any) -> dict[str, int | None]:
+    """Attention heads, those of keys and values, and values a head; a config leaves out what follows from the others."""
+    heads = setting(("num_attention_heads", "n_head"), config)
+    kv_heads = setting(("num_key_value_heads",), config)
+    hidden = setting(HIDDEN, config)
+    head_dim = setting(("head_dim",), config)
+    if head_dim is None and heads and hidden:
+        head_dim = hidden // heads
+    return {"num_heads": heads, "num_kv_heads": heads if kv_heads is None else kv_heads, "head_dim": head_dim}
 
 
 def _router_section(gates: GateSet, config: Any) -> dict[str, Any]:
