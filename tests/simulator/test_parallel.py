@@ -169,7 +169,11 @@ def test_what_cannot_be_done_is_refused():
 def test_several_groups_in_one_go_equal_each_alone():
     trace, seen = random_trace(4, num_experts=9), []
     runs = parallel_runs(
-        trace, ["vanilla", "skip:beta=0.5"], [1, 4], ["balanced", "round_robin"], progress=lambda *step: seen.append(step)
+        trace,
+        ["vanilla", "skip:beta=0.5"],
+        [1, 4],
+        ["balanced", "round_robin"],
+        progress=lambda *step: seen.append(step),
     )
     assert seen == [(1, 2), (2, 2)]
     specs = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,7 +159,19 @@ def test_meta_counts_every_weight_once():
         assert section["dense_bytes"] + section["expert_bytes"] * 16 * len(section["moe_layers"]) == total
         assert (section["num_experts"], section["top_k"], section["num_layers"]) == (16, 2, 3)
         assert (section["hidden_size"], section["moe_intermediate_size"], section["dtype"]) == (32, 8, "float32")
+        assert (section["num_heads"], section["num_kv_heads"], section["head_dim"]) == (2, 1, 16)
         assert section["num_shared_experts"] == (family == "llada2")
+
+
+def test_heads_that_a_config_leaves_out_follow_from_the_others():
+    model = tiny_model("sdar")
+    experts = {"num_experts": 16, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    model.config = SimpleNamespace(num_attention_heads=4, hidden_size=32, **experts)
+    section = describe_model(model)["model"]
+    assert (section["num_heads"], section["num_kv_heads"], section["head_dim"]) == (4, 4, 8)
+    model.config = SimpleNamespace(**experts)
+    section = describe_model(model)["model"]
+    assert (section["num_heads"], section["num_kv_heads"], section["head_dim"]) == (None, None, None)
 
 
 def test_meta_holds_no_path():
