@@ -23,14 +23,22 @@ WORDS: dict[str, dict[str, str]] = {
         "independent": "forwards of independent rows",
         "shuffle": "forwards of other blocks",
     },
-    "activity": {"hot": "a static list of experts", "independent": "independent steps"},
+    "activity": {
+        "hot": "a static list of experts",
+        "independent": "independent steps",
+        "shuffle": "the request's steps in random order",
+    },
     "draws": {"independent": "independent rows, same popularity", "uniform": "independent rows, even popularity"},
     "guesses": {
         "hot": "the layer's most used experts",
         "independent": "a stranger's experts",
         "shuffle": "the guess for a stranger",
     },
-    "labels": {"shuffle": "shuffled expert labels"},
+    "labels": {
+        "hot": "its popularity over other prompts",
+        "independent": "another prompt",
+        "shuffle": "shuffled expert labels",
+    },
     "order": {"independent": "any order"},
 }
 FAMILIES = {
@@ -45,6 +53,7 @@ FAMILIES = {
     "growth": "draws",
     "predictability": "guesses",
     "agreement": "labels",
+    "seeds": "labels",
     "order": "order",
 }
 

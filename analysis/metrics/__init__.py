@@ -98,7 +98,7 @@ def survival(trace: Trace, **parameters: Any) -> pl.DataFrame:
     """Share of a step's active experts that stay active in every one of the next ``distance`` steps of the block.
 
     Nulls: independent steps in which each expert is as often active as it is; the share of active experts on a static
-    list as long as the mean active set (hot).
+    list as long as the mean active set (hot); each request's steps in random order (shuffle).
     """
     return _one("survival", trace, parameters)
 
@@ -106,8 +106,8 @@ def survival(trace: Trace, **parameters: Any) -> pl.DataFrame:
 def working_set(trace: Trace, **parameters: Any) -> pl.DataFrame:
     """Distinct experts over windows of consecutive denoise forwards of a request, across its blocks.
 
-    Source: Denning, The working set model for program behavior (1968). Null: independent forwards with the same
-    activity.
+    Source: Denning, The working set model for program behavior (1968). Nulls: independent forwards with the same
+    activity; each request's forwards in random order (shuffle). A static list is its own working set.
     """
     return _one("working_set", trace, parameters)
 
@@ -135,7 +135,8 @@ def unique(trace: Trace, **parameters: Any) -> pl.DataFrame:
 
     ``unique_mean``, ``unique_sd`` (of the population of forwards), ``unique_cv``, ``unique_sample_mean`` (unweighted
     mean over requests). Scope ``block``: rows of the block, by state; ``forward``: all rows of the call, every branch.
-    n: forwards; the row for all layers pools forwards and layers.
+    n: forwards; the row for all layers pools forwards and layers. Null of the means: as many independent rows of the
+    layer's popularity.
     """
     return _one("unique", trace, parameters)
 

@@ -12,6 +12,7 @@ import polars as pl
 
 from analysis.metrics.bootstrap import Axes, Bootstrap, beats, divide, grid_frame, ordered_sum, with_total
 from analysis.metrics.load_kernels import load_pair_sums, survival_sums, window_sums
+from analysis.metrics.nulls import all_drawn
 from analysis.metrics.settings import STANDARD, UNITS, Settings
 from analysis.metrics.stream import LayerView, Shape
 from analysis.metrics.timeline import Timeline
@@ -23,11 +24,13 @@ DRIFT_COLUMNS = {
     "budget": pl.Int32,
     **{name: STANDARD[name] for name in ("distance", *_TAIL)},
 }
-SURVIVAL_COLUMNS = {name: kind for name, kind in COSINE_COLUMNS.items() if name != "null_shuffle"}
+SURVIVAL_COLUMNS = COSINE_COLUMNS
 WORKING_SET_COLUMNS = {
     **{name: STANDARD[name] for name in ("metric", "scope", "layer")},
     "window": pl.Int32,
-    **{name: STANDARD[name] for name in ("value", "low", "high", "null_independent", "n", "beats_null")},
+    **{
+        name: STANDARD[name] for name in ("value", "low", "high", "null_independent", "null_shuffle", "n", "beats_null")
+    },
 }
 
 NEVER = -(1 << 40)
@@ -58,7 +61,8 @@ class LoadDynamics:
         self.drift, self.missed = (np.zeros((layers, cells, len(self.budgets))) for _ in range(2))
         self.risk, self.alive = (np.zeros((layers, UNITS, settings.distances), np.int64) for _ in range(2))
         self.windowed, self.distinct = (np.zeros((layers, UNITS, len(self.windows)), np.int64) for _ in range(2))
-        self.active, self.steps = np.zeros((layers, shape.experts), np.int64), np.zeros(layers, np.int64)
+        self.active, self.steps = np.zeros((UNITS, layers, shape.experts), np.int64), np.zeros(layers, np.int64)
+        self.parts, self.spans = np.zeros(UNITS, np.int64), np.zeros((UNITS, settings.distances), np.int64)
         self.load = np.zeros((layers, shape.experts), np.int64)
         self.memory: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -70,6 +74,9 @@ class LoadDynamics:
         first = np.cumsum(np.minimum(since, distances)) - np.minimum(since, distances)
         distance = np.arange(len(later)) - first[later] + 1
         self.pair_places = later - distance, later, times.unit[later] * distances + distance - 1
+        np.add.at(self.parts, times.unit, 1)
+        for t in range(1, distances + 1):
+            np.add.at(self.spans[:, t - 1], times.run_unit, np.maximum(np.diff(times.run_offsets) - t, 0))
         requests = list(dict.fromkeys(times.request.tolist()))
         place = {request: number for number, request in enumerate(requests)}
         self.requests = requests
@@ -89,7 +96,9 @@ class LoadDynamics:
         survival_sums(loads, times.run_offsets, times.run_unit, self.risk[layer], self.alive[layer])
         state = self.slot, self.last[layer], self.clock[layer]
         window_sums(loads, times.unit, *state, self.windows, self.windowed[layer], self.distinct[layer])
-        self.active[layer] += (loads > 0).sum(axis=0)
+        if times.parts:
+            used = np.add.reduceat(loads > 0, times.run_offsets[:-1], axis=0, dtype=np.int64)
+            np.add.at(self.active[:, layer], times.run_unit, used)
         self.load[layer] += loads.sum(axis=0)
         self.steps[layer] += np.count_nonzero(loads.any(axis=1))
 
@@ -104,6 +113,24 @@ class LoadDynamics:
         """Sums [L, G * D, ...] as [G, L + 1, D, ...]."""
         shaped = array.reshape(len(array), UNITS, self.settings.distances, *array.shape[2:])[:, :units]
         return with_total(np.moveaxis(shaped, 0, 1), 1)
+
+    def _share(self) -> np.ndarray:
+        """Share of the steps with load in which each expert is active, float64 [L, E]."""
+        return np.nan_to_num(divide(ordered_sum(self.active, 0), self.steps[:, None]))
+
+    def _shuffled_survival(self, t: int) -> np.ndarray:
+        """Survival over t steps with the steps of each unit in random order, float64 [L + 1]."""
+        weight = self.spans[:, t - 1, None].astype(np.float64)
+        steps = self.parts[:, None, None]
+        alive, risk = (ordered_sum(all_drawn(self.active, steps, draws), 2) for draws in (t + 1, 1))
+        return divide(*(with_total(ordered_sum(weight * part, 0), 0) for part in (alive, risk)))
+
+    def _shuffled_windows(self, place: int, w: int) -> np.ndarray:
+        """Distinct experts of a window of w forwards with the forwards of each unit in random order, float64 [L + 1]."""
+        steps = self.parts[:, None, None]
+        distinct = ordered_sum(1 - all_drawn(steps - self.active, steps, w), 2)
+        counted = self.windowed[:, :, place].T
+        return divide(*(with_total(ordered_sum(part, 0), 0) for part in (counted * distinct, counted)))
 
     def cosine_frame(self, bootstrap: Bootstrap, nulls: dict[str, dict[str, np.ndarray]]) -> pl.DataFrame:
         """Cosine of the count vectors of two denoise forwards of a block, by distance in steps."""
@@ -142,12 +169,13 @@ class LoadDynamics:
         block.
 
         null_independent: steps independent of each other, each expert as often active as it is, sum q^(t+1) / sum q.
-        null_hot: the share of active experts that are on a static list as long as the mean active set.
+        null_hot: the share of active experts that are on a static list as long as the mean active set. null_shuffle:
+        each request's steps in random order.
         """
         risk, alive = (np.moveaxis(array[:, : bootstrap.units], 0, 1) for array in (self.risk, self.alive))
         risk, alive = with_total(risk, 1), with_total(alive, 1)
         value, low, high = bootstrap.ratio(alive, risk)
-        share = np.nan_to_num(divide(self.active, self.steps[:, None]))
+        share = self._share()
         distances = range(1, self.settings.distances + 1)
         whole = with_total(ordered_sum(share, 1), 0)
         expected = np.stack([with_total(ordered_sum(share ** (t + 1), 1), 0) for t in distances], axis=1)
@@ -155,6 +183,7 @@ class LoadDynamics:
         columns = {"value": value, "low": low, "high": high, "n": ordered_sum(risk, 0)}
         columns["null_independent"] = divide(expected, whole[:, None])
         columns["null_hot"] = divide(with_total(np.array(listed, np.float64), 0), whole)[:, None]
+        columns["null_shuffle"] = np.stack([self._shuffled_survival(t) for t in distances], axis=1)
         axes: Axes = {"metric": ["survival"], "scope": [self.scope], "layer": self.shape.labels, "distance": distances}
         return _complete(beats(grid_frame(axes, columns)), SURVIVAL_COLUMNS)
 
@@ -163,16 +192,19 @@ class LoadDynamics:
         mean layer.
 
         null_independent: forwards independent of each other, each expert as often active as it is, sum of 1 - (1 -
-        q)^w.
+        q)^w. null_shuffle: each request's forwards in random order. (A static list is its own working set.)
         """
         counted, distinct = (np.moveaxis(array[:, : bootstrap.units], 0, 1) for array in (self.windowed, self.distinct))
         counted, distinct = with_total(counted, 1), with_total(distinct, 1)
         value, low, high = bootstrap.ratio(distinct, counted)
-        share = np.nan_to_num(divide(self.active, self.steps[:, None]))
+        share = self._share()
         expected = np.stack([ordered_sum(1 - (1 - share) ** w, 1) for w in self.windows], axis=1)
         mean = ordered_sum(expected, 0) / max(1, len(expected))
         columns = {"value": value, "low": low, "high": high, "n": ordered_sum(counted, 0)}
         columns["null_independent"] = np.concatenate([expected, mean[None]])
+        columns["null_shuffle"] = np.stack(
+            [self._shuffled_windows(place, int(w)) for place, w in enumerate(self.windows)], axis=1
+        )
         axes: Axes = {"metric": ["working_set"], "scope": [self.scope], "layer": self.shape.labels}
         frame = grid_frame({**axes, "window": self.windows.tolist()}, columns, {"window": pl.Int32})
         return _complete(beats(frame, smaller=("working_set",)), WORKING_SET_COLUMNS)

@@ -5,6 +5,8 @@ G = bootstrap units, L = layers, E = experts.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import polars as pl
 
@@ -39,12 +41,13 @@ HOT = 2.0
 def gini(load: np.ndarray) -> np.ndarray:
     """Gini coefficient along the last axis: 0 even, near 1 when one expert has everything; NaN without load.
 
-    Source: Gini (1912), as 2 sum_i i x_i / (n sum x) - (n + 1) / n over x sorted upwards.
+    Source: Gini (1912), as sum_i (2 i - n - 1) x_i / (n sum x) over x sorted upwards, i from 1: one division of whole
+    numbers.
     """
     count = load.shape[-1]
     ordered = np.sort(load, axis=-1).astype(np.float64)
-    weighted = ordered_sum(ordered * np.arange(1, count + 1), -1)
-    return 2 * divide(weighted, count * ordered_sum(ordered, -1)) - (count + 1) / count
+    weighted = ordered_sum(ordered * (2 * np.arange(1, count + 1) - count - 1), -1)
+    return divide(weighted, count * ordered_sum(ordered, -1))
 
 
 def balance_figures(load: np.ndarray) -> np.ndarray:
@@ -55,19 +58,27 @@ def balance_figures(load: np.ndarray) -> np.ndarray:
     :data:`HOT` times an even share. dead_experts: those without load.
     """
     experts = load.shape[-1]
-    total = ordered_sum(load.astype(np.float64), -1)
-    share = divide(load, total[..., None])
-    mean = 1 / experts
+    counts = load.astype(np.float64)
+    total = ordered_sum(counts, -1)
+    share = divide(counts, total[..., None])
     logs = np.log(np.where(share > 0, share, 1))
+    busiest = np.sort(counts, axis=-1)[..., ::-1][..., : -(-experts // 10)]
     figures = [
         gini(load),
-        np.sqrt(ordered_sum((share - mean) ** 2, -1) / experts) / mean,
+        # Of whole numbers up to the root: E sum x^2 - (sum x)^2 is E^2 times the variance.
+        divide(np.sqrt(np.maximum(experts * ordered_sum(counts * counts, -1) - total * total, 0)), total),
         np.exp(-ordered_sum(share * logs, -1)),
-        ordered_sum(np.sort(share, axis=-1)[..., ::-1][..., : -(-experts // 10)], -1),
-        np.where(total > 0, ordered_sum((load * experts >= HOT * total[..., None]).astype(np.float64), -1), np.nan),
-        np.where(total > 0, ordered_sum((load == 0).astype(np.float64), -1), np.nan),
+        divide(ordered_sum(busiest, -1), total),
+        np.where(total > 0, ordered_sum((counts * experts >= HOT * total[..., None]).astype(np.float64), -1), np.nan),
+        np.where(total > 0, ordered_sum((counts == 0).astype(np.float64), -1), np.nan),
     ]
     return np.stack(figures, axis=-1)
+
+
+def routed_rows(view: LayerView) -> np.ndarray:
+    """Routed rows of each part, every branch, int64 [P]."""
+    bounds = np.concatenate(([0], np.cumsum(view.count > 0)))
+    return bounds[view.times.last] - bounds[view.times.first]
 
 
 class Load:
@@ -93,8 +104,7 @@ class Load:
         if self.scope == "block":
             self.rows[view.index] += np.count_nonzero(view.size)
         else:
-            bounds = np.concatenate(([0], np.cumsum(view.count > 0)))
-            self.rows[view.index] += int((bounds[times.last] - bounds[times.first]).sum())
+            self.rows[view.index] += int(routed_rows(view).sum())
 
     def end(self) -> None:
         pass
@@ -152,6 +162,8 @@ class Unique:
         self.states = states
         self.forwards, self.unique, self.squares = (np.zeros(cells, np.int64) for _ in range(3))
         self.rows_seen = np.zeros((len(shape.layers), len(states), shape.block_length + 1), np.int64)
+        self.rows_called: list[Counter[int]] = [Counter() for _ in shape.layers]
+        self.load = np.zeros((len(shape.layers), shape.experts), np.int64)
 
     def begin(self, times: Timeline) -> None:
         pass
@@ -164,6 +176,8 @@ class Unique:
         else:
             columns = (array[:, view.index, 0] for array in (self.forwards, self.unique, self.squares))
             load_unique_sums(view.forward_loads, times.unit, *columns)
+            self.load[view.index] += view.forward_loads.sum(axis=0)
+            self.rows_called[view.index].update(rows for rows in routed_rows(view).tolist() if rows)
 
     def end(self) -> None:
         pass
@@ -172,7 +186,7 @@ class Unique:
         """unique_mean, unique_sd (over forwards, of the population), unique_cv, and unique_sample_mean, the unweighted
         mean over units of their means (dMoE's metric). States: all rows, masked rows, known rows. n: forwards.
 
-        null_independent, for the mean of all block rows: as many rows, drawn independently with the layer's popularity.
+        null_independent, for the means: as many rows, drawn independently with the layer's popularity in this scope.
         """
         units = bootstrap.units
         forwards, unique, squares = (with_total(a[:units], 1) for a in (self.forwards, self.unique, self.squares))
@@ -196,17 +210,23 @@ class Unique:
         for metric, (value, low, high) in figures.items():
             columns = {"value": value, "low": low, "high": high, "n": ordered_sum(forwards, 0)}
             null = np.full((len(self.shape.layers) + 1, len(self.states)), np.nan)
-            if self.scope == "block" and load.scope == "block" and metric in ("unique_mean", "unique_sample_mean"):
-                null[:, 0] = self._expected(load)
+            if metric in ("unique_mean", "unique_sample_mean"):
+                null = self._expected(load)
             columns["null_independent"] = null
             frames.append(grid_frame({"metric": [metric], **axes}, columns))
         frame = beats(pl.concat(frames), smaller=("unique_mean", "unique_sample_mean"))
         return frame.select(list(UNIQUE_COLUMNS))
 
     def _expected(self, load: Load) -> np.ndarray:
-        """Mean over forwards of the distinct experts of as many independent rows, float64 [L + 1]."""
-        seen = self.rows_seen[:, 0]
-        counts = np.flatnonzero(seen.any(axis=0))
-        expected = popular_unique(load.total, load.rows, counts) * seen[:, counts]
-        forwards = with_total(ordered_sum(seen, 1), 0)
-        return divide(with_total(ordered_sum(expected, 1), 0), forwards)
+        """Mean over forwards of the distinct experts of as many independent rows, float64 [L + 1, states]."""
+        if self.scope == "block":
+            total, rows, seen = load.total, load.rows, self.rows_seen
+            counts = np.flatnonzero(seen.any(axis=(0, 1)))
+            seen = seen[:, :, counts]
+        else:
+            counts = np.array(sorted(set().union(*self.rows_called)), np.int64)
+            seen = np.array([[[called[n] for n in counts.tolist()]] for called in self.rows_called], np.int64)
+            total, rows = self.load, ordered_sum(seen[:, 0] * counts, 1)
+        expected = popular_unique(total, rows, counts)[:, None] * seen
+        forwards = with_total(ordered_sum(seen, 2), 0)
+        return divide(with_total(ordered_sum(expected, 2), 0), forwards)

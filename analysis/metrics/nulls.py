@@ -174,3 +174,16 @@ def uniform_unique(experts: int, top_k: np.ndarray, counts: np.ndarray) -> np.nd
     """Distinct experts of n independent rows without popularity, E (1 - (1 - K / E)^n), float64 [L, N]; ``top_k``
     [L]."""
     return experts * (1 - (1 - top_k[:, None] / experts) ** counts[None, :])
+
+
+def all_drawn(marked: np.ndarray, steps: np.ndarray, draws: int) -> np.ndarray:
+    """Chance that ``draws`` of ``steps``, taken at random without return, all lie among the ``marked`` ones; 0 where there
+    are fewer steps.
+
+    This is what putting the forwards of a request in random order makes of an expert that ``marked`` of them use.
+    """
+    chance = np.ones(np.broadcast_shapes(marked.shape, steps.shape))
+    for taken in range(draws):
+        left = np.maximum(steps - taken, 1)
+        chance = chance * (np.maximum(marked - taken, 0) / left)
+    return chance * (steps >= draws)

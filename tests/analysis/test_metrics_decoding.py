@@ -76,17 +76,31 @@ def naive_order(trace):
 
 
 def naive_guesses(trace):
-    """Masked rows with prediction, confidence and final token: [(steps before acceptance, confidence, right)]."""
+    """Masked rows with prediction, confidence and final token: [(steps before acceptance, confidence, right, unit)]."""
     out = []
-    for _, _, _, steps in naive_runs(trace):
+    for unit, _, _, steps in naive_runs(trace):
         final = naive_final(steps, trace.meta.block_length)
         for s, step in enumerate(steps):
             for j, (row, state, _) in sorted(step.items()):
                 tokens = step.segment.tokens
                 guess, sure = int(tokens.predicted_id[row]), float(tokens.confidence[row])
                 if state == "masked" and j in final and final[j][0] >= s and min(final[j][1], guess) >= 0 and sure >= 0:
-                    out.append((final[j][0] - s, sure, guess == final[j][1]))
+                    out.append((final[j][0] - s, sure, guess == final[j][1], unit))
     return out
+
+
+def summed(rows):
+    """Sum of the confidence of rows, unit by unit."""
+    by_unit = defaultdict(list)
+    for _, sure, _, unit in rows:
+        by_unit[unit].append(sure)
+    return add_up(add_up(by_unit[unit]) for unit in sorted(by_unit))
+
+
+def naive_error(rows, bins):
+    """Mean over rows of the distance between a bin's share of final predictions and its mean confidence."""
+    binned = [[row for row in rows if min(int(row[1] * bins), bins - 1) == b] for b in range(bins)]
+    return add_up(abs(sum(right for _, _, right, _ in found) - summed(found)) for found in binned) / len(rows)
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,17 +120,26 @@ def routed(trace):
 def test_confidence_is_the_definition(trace, lags, bins):
     rows = naive_guesses(trace) if routed(trace) else []
     found = fields(confidence(trace, lags=lags, **QUICK), "steps_before")
-    by_lag = {lag: [right for before, _, right in rows if before == lag] for lag in range(lags + 1)}
-    expected = {(lag,): (right.count(False) / len(right), len(right)) for lag, right in by_lag.items() if right}
-    assert {key: (row["value"], row["n"]) for key, row in found.items()} == expected
-    found = fields(calibration(trace, bins=bins, **QUICK).filter(metric="final_share"), "rows", "bin")
     expected = {}
+    for lag in range(lags + 1):
+        if chosen := [row for row in rows if row[0] == lag]:
+            changed = sum(not right for _, _, right, _ in chosen)
+            expected[(lag,)] = changed / len(chosen), summed(chosen) / len(chosen), len(chosen)
+    assert {key: (row["value"], row["confidence"], row["n"]) for key, row in found.items()} == expected
+    frame = calibration(trace, bins=bins, **QUICK)
+    found = fields(frame.filter(metric="final_share"), "rows", "bin")
+    expected, errors = {}, {}
     for name, chosen in (("all", rows), ("waiting", [row for row in rows if row[0] > 0])):
         for b in (*range(bins), None):
-            right = [hit for _, sure, hit in chosen if b is None or min(int(sure * bins), bins - 1) == b]
-            if right:
-                expected[name, b] = right.count(True) / len(right), len(right)
+            here = [row for row in chosen if b is None or min(int(row[1] * bins), bins - 1) == b]
+            if here:
+                expected[name, b] = sum(right for _, _, right, _ in here) / len(here), len(here)
+                assert b is None or found[name, b]["confidence"] == summed(here) / len(here)
+        if chosen:
+            errors[(name,)] = naive_error(chosen, bins), len(chosen)
     assert {key: (row["value"], row["n"]) for key, row in found.items()} == expected
+    found = fields(frame.filter(metric="calibration_error"), "rows")
+    assert {key: (row["value"], row["n"]) for key, row in found.items()} == errors
 
 
 @settings(max_examples=60, deadline=None)

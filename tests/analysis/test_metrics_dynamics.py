@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,6 +116,81 @@ def naive_working_set(trace, scope, windows):
     return out
 
 
+def naive_shuffles(trace, scope, distances, windows):
+    """Survival {(layer, distance)} and working sets {(layer, window)} where each request's forwards change places at random.
+
+    Of n forwards an expert is active in a, so k of them that are drawn are all among these in C(a, k) of C(n, k) cases.
+    """
+    layers = trace.meta.model.moe_layers
+    requests = defaultdict(list)
+    for _, request, _, steps in naive_runs(trace):
+        requests[request].append(steps)
+    top, bottom = Counter(), Counter()
+    for blocks in requests.values():
+        n = sum(len(steps) for steps in blocks)
+        for layer in layers:
+            uses = Counter(e for steps in blocks for step in steps for e in naive_loads(step, layer, scope))
+            for t in range(1, distances + 1):
+                spans = sum(max(0, len(steps) - t) for steps in blocks)
+                alive = sum(Fraction(math.comb(a, t + 1), math.comb(n, t + 1)) for a in uses.values()) if n > t else 0
+                top["survival", layer, t] += spans * alive
+                bottom["survival", layer, t] += spans * Fraction(uses.total(), n)
+            for w in windows:
+                spans = max(0, n - w + 1)
+                missed = sum(Fraction(math.comb(n - a, w), math.comb(n, w)) for a in uses.values()) if spans else 0
+                top["working_set", layer, w] += spans * (len(uses) - missed)
+                bottom["working_set", layer, w] += spans
+    out = {}
+    for name, layer, at in list(bottom):
+        for one in (layer, None):
+            chosen = layers if one is None else (one,)
+            below = sum(bottom[name, each, at] for each in chosen)
+            if below:
+                out[name, one, at] = float(sum(top[name, each, at] for each in chosen) / below)
+    return out
+
+
+def naive_chances(trace, scope, distances, windows):
+    """The same without order: forwards in which each expert is as often active as it is, and a list as long as the mean set."""
+    layers, experts = trace.meta.model.moe_layers, trace.meta.model.num_experts
+    uses, filled = {layer: Counter() for layer in layers}, Counter()
+    for _, _, _, steps in naive_runs(trace):
+        for step in steps:
+            for layer in layers:
+                found = naive_loads(step, layer, scope)
+                filled[layer] += bool(found)
+                uses[layer].update(set(found))
+    share = {layer: [uses[layer][e] / max(1, filled[layer]) for e in range(experts)] for layer in layers}
+    out = {}
+    for layer in (*layers, None):
+        chosen = layers if layer is None else (layer,)
+        whole = add_up(add_up(share[one]) for one in chosen)
+        listed = [add_up(sorted(share[one])[::-1][: round(add_up(share[one]))]) for one in chosen]
+        for t in range(1, distances + 1):
+            alive = add_up(add_up(q ** (t + 1) for q in share[one]) for one in chosen)
+            out["survival", layer, t] = (alive / whole, add_up(listed) / whole) if whole else (None, None)
+        for w in windows:
+            distinct = [add_up(1 - (1 - q) ** w for q in share[one]) for one in chosen]
+            out["working_set", layer, w] = (add_up(distinct) / len(chosen),)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(traces(), st.integers(1, 8), st.lists(st.integers(1, 12), min_size=1, max_size=3, unique=True))
+def test_nulls_of_survival_and_working_sets_are_the_definition(trace, distances, windows):
+    made = survival(trace, distances=distances, **QUICK), working_set(trace, windows=tuple(windows), **QUICK)
+    for scope in ("block", "forward"):
+        shuffled = naive_shuffles(trace, scope, distances, windows)
+        chances = naive_chances(trace, scope, distances, windows)
+        for frame, at in zip(made, ("distance", "window")):
+            for row in frame.filter(scope=scope).iter_rows(named=True):
+                key = row["metric"], row["layer"], row[at]
+                # Chances are products of floats here and quotients of whole numbers there.
+                assert row["null_shuffle"] == pytest.approx(shuffled[key], rel=1e-12, abs=1e-15)
+                hot = [row["null_hot"]] if at == "distance" else []
+                assert [row["null_independent"], *hot] == pytest.approx(list(chances[key]), rel=1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(traces(), st.integers(1, 8), st.lists(st.integers(1, 12), min_size=1, max_size=3, unique=True))
 def test_cosine_and_drift_are_the_definition(trace, distances, budgets):
@@ -170,6 +246,8 @@ def test_survival_null_follows_the_formula():
     row = frame.filter(scope="block", layer=4, distance=2).row(0, named=True)
     assert row["null_independent"] == (1 + 0.5**3 + 0.5**3) / 2
     assert row["null_hot"] == (1 + 0.5) / 2
+    # Of three steps drawn from six, expert 0 is in all; 1 and 2 are in one case of twenty each. Two are active a step.
+    assert row["null_shuffle"] == pytest.approx((1 + 2 / 20) / 2, rel=1e-15)
     assert row["value"] == 4 / 8
 
 

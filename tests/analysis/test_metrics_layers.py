@@ -10,6 +10,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import polars as pl
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from analysis.metrics import agreement, predictability
 from tests.analysis.traces import QUICK, MemoryTrace, add_up, fields, naive_runs, traces, written_trace
@@ -147,6 +148,41 @@ def test_datasets_are_compared_in_pairs():
     assert found["cosine"]["null_shuffle"] == 2 * 4 / 8 / (math.sqrt(2) * math.sqrt(8))
     assert found["rank_correlation"]["null_shuffle"] == 0.0
     assert found["top_overlap"]["null_shuffle"] == 2 * 2 / 8 / 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(traces(min_requests=2), st.lists(st.sampled_from(["maths", "code", "prose", None]), min_size=3, max_size=3))
+def test_agreement_of_datasets_is_the_definition(trace, names):
+    names = names[: trace.requests.height]
+    frame = agreement(with_datasets(trace, names), **QUICK).filter(between="datasets")
+    experts = trace.meta.model.num_experts
+    size = max(1, experts // 4)
+    of_unit = {}
+    for unit, request, _, _ in naive_runs(trace):
+        of_unit[unit] = names[request]
+    loads = naive_loads(trace)
+    total = {
+        (name, layer): [sum(loads[u][layer][e] for u in loads if of_unit[u] == name) for e in range(experts)]
+        for name in names
+        for layer in trace.meta.model.moe_layers
+    }
+    expected = {}
+    for first, second in combinations(sorted({name for name in names if name}), 2):
+        for layer in trace.meta.model.moe_layers:
+            found = naive_measures(total[first, layer], total[second, layer], size)
+            for metric, value in zip(("cosine", "rank_correlation", "top_overlap"), found):
+                expected[metric, first, second, layer] = value
+        for metric in ("cosine", "rank_correlation", "top_overlap"):
+            known = [expected[metric, first, second, layer] for layer in trace.meta.model.moe_layers]
+            known = [value for value in known if value is not None]
+            expected[metric, first, second, None] = add_up(known) / len(known) if known else None
+    found = fields(frame, "metric", "first", "second", "layer")
+    if routed(trace):
+        assert {key: row["value"] for key, row in found.items()} == expected
+
+
+def routed(trace):
+    return any(segment.layer(layer).count.any() for segment in trace.segments() for layer in segment.layers)
 
 
 def test_equal_requests_agree_wholly():

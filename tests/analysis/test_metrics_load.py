@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 
 from analysis.metrics import balance, load, unique
@@ -70,10 +71,21 @@ def naive_unique(trace, scope):
     return out
 
 
-def naive_gini(loads):
-    """Mean absolute difference of all pairs over twice the mean."""
-    n = len(loads)
-    return Fraction(sum(abs(a - b) for a in loads for b in loads), 2 * n * sum(loads))
+def naive_balance(loads):
+    """Figures of one layer's loads: differences of all pairs, deviation over mean, and counts."""
+    n, total = len(loads), sum(loads)
+    gini = Fraction(sum(abs(a - b) for a in loads for b in loads), 2 * n * total)
+    squares = sum((a - b) ** 2 for a in loads for b in loads)
+    shares = [a / total for a in loads if a]
+    return {
+        "gini": float(gini),
+        # Half the mean squared difference of all pairs is the variance.
+        "load_cv": math.sqrt(squares // 2) / total,
+        "entropy_experts": math.exp(-add_up(p * math.log(p) for p in shares)),
+        "top_tenth": sum(sorted(loads)[-math.ceil(n / 10) :]) / total,
+        "hot_experts": float(sum(a * n >= 2 * total for a in loads)),
+        "dead_experts": float(loads.count(0)),
+    }
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,6 +119,57 @@ def test_unique_is_the_definition(trace):
         assert got == expected
 
 
+def naive_expected(trace, scope):
+    """{(layer, state): mean over forwards of the distinct experts of as many rows, drawn one by one from the layer's}."""
+    layers, experts = trace.meta.model.moe_layers, trace.meta.model.num_experts
+    used, rows, sizes = {layer: Counter() for layer in layers}, Counter(), defaultdict(Counter)
+    for _, _, _, steps in naive_runs(trace):
+        for step in steps:
+            starts, ends = step.segment.forwards.part_rows
+            for layer in layers:
+                if scope == "block":
+                    found = [(step[j][1].replace("known", "decoded"), s) for j, s in step.sets(layer).items()]
+                else:
+                    routed = step.routing.get(layer)
+                    bounds = range(int(starts[step.part]), int(ends[step.part])) if routed else ()
+                    found = [
+                        ("other", routed.expert_ids[r, : routed.count[r]].tolist()) for r in bounds if routed.count[r]
+                    ]
+                used[layer].update(e for _, s in found for e in s)
+                rows[layer] += len(found)
+                for state in ("all", "masked", "decoded"):
+                    n = sum(state in ("all", kind) for kind, _ in found)
+                    sizes[layer, state][n] += n > 0
+    out = {}
+    for state in ("all", "masked", "decoded"):
+        by_layer = {}
+        for layer in layers:
+            share = [used[layer][e] / rows[layer] if rows[layer] else 0.0 for e in range(experts)]
+            found = sorted((n, times) for n, times in sizes[layer, state].items() if times)
+            by_layer[layer] = (
+                add_up(add_up(1 - (1 - p) ** n for p in share) * times for n, times in found),
+                add_up(times for _, times in found),
+            )
+        for layer in (*layers, None):
+            chosen = layers if layer is None else (layer,)
+            top, bottom = (add_up(by_layer[one][k] for one in chosen) for k in (0, 1))
+            if bottom:
+                out[layer, state] = top / bottom
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(traces())
+def test_unique_against_independent_rows_is_the_definition(trace):
+    frame = unique(trace, **QUICK)
+    for scope in ("block", "forward"):
+        expected = naive_expected(trace, scope)
+        for row in frame.filter(scope=scope).iter_rows(named=True):
+            want = expected[row["layer"], row["state"]] if row["metric"].endswith("mean") else None
+            # NumPy's powers may differ from Python's in the last digit.
+            assert row["null_independent"] == (want if want is None else pytest.approx(want, rel=1e-12))
+
+
 def test_unique_against_as_many_independent_rows():
     # Two rows in one forward, one in the other: the null averages both.
     sets = np.array([[[0, 1], [0, 2]], [[0, 3], [-1, -1]]])
@@ -125,17 +188,29 @@ def layer_with_loads(loads):
     return written_trace({1: ids[:, None, None]}, np.full((len(ids), 1), MASKED), block_length=1, experts=len(loads))
 
 
+@settings(max_examples=60, deadline=None)
+@given(traces())
+def test_balance_is_the_definition(trace):
+    counted = naive_load(trace)
+    layers = sorted({layer for layer, _ in counted})
+    loads = {layer: [counted[layer, e][0] for e in range(trace.meta.model.num_experts)] for layer in layers}
+    want = {layer: naive_balance(loads[layer]) for layer in layers}
+    found = fields(balance(trace, **QUICK), "metric", "layer")
+    assert {layer for _, layer in found} == {*layers, *([None] if layers else [])}
+    for (metric, layer), row in found.items():
+        value = want[layer][metric] if layer else add_up(want[one][metric] for one in layers) / len(layers)
+        # Logarithms and powers of NumPy and Python may differ in the last digit.
+        assert row["value"] == (pytest.approx(value, rel=1e-12) if metric == "entropy_experts" else value), metric
+        assert row["n"] == (sum(loads[layer]) if layer else sum(map(sum, loads.values())))
+
+
 def test_balance_by_hand():
-    loads = [10, 0, 3, 1, 1, 1]
-    found = fields(balance(layer_with_loads(loads)).filter(layer=1), "metric")
+    found = fields(balance(layer_with_loads([10, 0, 3, 1, 1, 1])).filter(layer=1), "metric")
     value = {metric: row["value"] for (metric,), row in found.items()}
-    assert math.isclose(value["gini"], naive_gini(loads), rel_tol=1e-12)
-    assert math.isclose(value["load_cv"], float(np.std(loads) / np.mean(loads)), rel_tol=1e-12)
-    shares = [n / 16 for n in loads if n]
-    assert math.isclose(value["entropy_experts"], math.exp(-sum(p * math.log(p) for p in shares)), rel_tol=1e-12)
-    assert value["top_tenth"] == 10 / 16
-    assert value["hot_experts"] == 1
-    assert value["dead_experts"] == 1
+    # Upwards 0, 1, 1, 1, 3, 10, weighted with -5, -3, -1, 1, 3, 5.
+    assert value["gini"] == 56 / (6 * 16)
+    assert value["load_cv"] == math.sqrt(6 * 112 - 16 * 16) / 16
+    assert (value["top_tenth"], value["hot_experts"], value["dead_experts"]) == (10 / 16, 1.0, 1.0)
 
 
 def test_even_load_has_no_skew():
