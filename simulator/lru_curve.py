@@ -128,11 +128,10 @@ class _Curves:
             key: [capacity_and_sizes(policy, geometry, at) for policy in policies]
             for key, at in dict(zip(alike, scopes, strict=True)).items()
         }
-        self.sizes = [found[key][0][1] for key in alike]
         capacities = np.array([[capacity for capacity, _ in found[key]] for key in alike], np.int64)
         self.places = np.argsort(capacities, axis=1, kind="stable")
         self.capacities = np.take_along_axis(capacities, self.places, axis=1)
-        self.stacks = [empty_stack(experts * len(sizes)) for sizes in self.sizes]
+        self.stacks = [empty_stack(experts, found[key][0][1]) for key in alike]
         # By the place of the smallest capacity that hits; the last place is that of experts no capacity holds.
         self.counts = np.zeros((layers, len(policies) + 1, 2), np.int64)
         self.tokens = np.zeros(layers, np.int64)
@@ -168,7 +167,6 @@ class _Curves:
             stream.last_touch,
             layer,
             self.experts,
-            self.sizes[scope],
             self.capacities[scope],
             self.stacks[scope],
             counts,

@@ -10,7 +10,7 @@ last batch and the longest top part of the stack that fits the capacity, by indu
 
 An expert therefore hits at every capacity if the batch before touched it, and otherwise from its distance on: its bytes and
 those above it before its batch. It holds for one layer counted in experts, for all layers as one cache in bytes, and for layers
-of unequal bytes.
+of unequal bytes. What lies above an expert is counted in bits, one a touch, set while it is its expert's last.
 """
 
 from __future__ import annotations
@@ -21,90 +21,104 @@ import numpy as np
 
 from tracer.jit import njit
 
-# Sizes of touches are summed in runs of this many.
-RUN = 128
+# Room for this many touches a key before the stack is packed again; two would do.
+ROOM = 4
 
 
 class Stack(NamedTuple):
-    """Keys (expert, or layer * E + expert) by their last touch. S touches fit before the stack is packed again."""
+    """Keys (expert, or layer * E + expert) by their last touch; G different sizes, L layers, S slots, a touch each."""
 
-    touch: np.ndarray  # int64 [keys], -1 never touched
-    end: np.ndarray  # int64 [keys], where the batch of that touch ends
-    last_cell: np.ndarray  # int64 [keys], the number of that batch
-    key_at: np.ndarray  # int64 [S], -1 where the key has been touched since
-    size_at: np.ndarray  # int64 [S], size of the key, 0 likewise
-    size_of_run: np.ndarray  # int64 [S / RUN]
-    now: np.ndarray  # int64 [2]: touches, batches so far
+    touch: np.ndarray  # int32 [keys], the slot of the key's last touch, -1 never touched
+    live: np.ndarray  # uint64 [G, S / 64], a bit a slot: it holds the last touch of a key of that size
+    size_of: np.ndarray  # int64 [G]
+    group_of: np.ndarray  # int64 [L]
+    now: np.ndarray  # int64 [2]: slots filled so far, and how many of them by the last batch
 
 
-def empty_stack(keys: int) -> Stack:
-    """A stack nothing has been put on."""
-    # At least half of it is free after packing.
-    room = -(-(2 * keys + 1) // RUN) * RUN
+def empty_stack(num_experts: int, sizes: np.ndarray, room: int = ROOM) -> Stack:
+    """A stack nothing has been put on.
+
+    Parameters
+    ----------
+    num_experts : int
+        E.
+    sizes : np.ndarray
+        int64 [L], of an expert of each layer in scope.
+    room : int
+        Slots a key, at least 2.
+    """
+    keys = num_experts * len(sizes)
+    size_of, group_of = np.unique(sizes, return_inverse=True)
     return Stack(
-        np.full(keys, -1, np.int64),
-        np.zeros(keys, np.int64),
-        np.full(keys, -2, np.int64),
-        np.full(room, -1, np.int64),
-        np.zeros(room, np.int64),
-        np.zeros(room // RUN, np.int64),
+        np.full(keys, -1, np.int32),
+        np.zeros((len(size_of), -(-room * keys // 64)), np.uint64),
+        size_of.astype(np.int64),
+        group_of.astype(np.int64),
         np.zeros(2, np.int64),
     )
 
 
 @njit
-def serve_stack(offsets, experts, tokens, last_touch, layer, num_experts, sizes, capacities, stack, counts):
+def serve_stack(offsets, experts, tokens, last_touch, layer, num_experts, capacities, stack, counts):
     """Put a stream's batches on a stack; add tokens and entries to ``counts`` [L, C + 1, 2] by the first capacity that hits."""
-    touch, ends, last_cell, key_at, size_at, size_of_run, now = stack
-    batch = np.empty(len(touch), np.int64)
-    # By the end of an earlier batch: the last batch that asked for it, and down to which of its touches sizes are summed.
-    met = np.full(len(key_at) + 1, -1, np.int64)
-    reached = np.zeros(len(key_at) + 1, np.int64)
-    above = np.zeros(len(key_at), np.int64)
+    touch, live, size_of, group_of, now = stack
+    groups, words = live.shape
+    # Size from the start of a word on, summed up as far down as a batch asks.
+    above = np.zeros(words + 1, np.int64)
     start, shift = _starts(capacities)
     for c in range(len(offsets) - 1):
         first, stop = offsets[c], offsets[c + 1]
         at = layer[c]
-        size = sizes[at]
-        top, cell = now[0], now[1]
-        now[1] += 1
+        base = at * num_experts
+        top, newest = now[0], now[0] - now[1]
+        summed = (top + 63) >> 6
+        above[summed] = 0
         for i in range(first, stop):
-            key = at * num_experts + experts[i]
-            batch[last_touch[i]] = key
+            old = np.int64(touch[base + experts[i]])
             found = len(capacities)
-            if last_cell[key] == cell - 1:
+            if old >= newest:
                 found = 0
-            elif touch[key] >= 0:
-                old, end = touch[key], ends[key]
-                if met[end] != c:
-                    met[end] = c
-                    reached[end] = end - 1
-                    above[end - 1] = _above(size_at, size_of_run, end, top)
-                for slot in range(reached[end], old, -1):
-                    above[slot - 1] = above[slot] + size_at[slot]
-                reached[end] = min(reached[end], old)
-                distance = above[old] + size
+            elif old >= 0:
+                word, bit = old >> 6, np.uint64(old & 63)
+                while summed > word + 1:
+                    summed -= 1
+                    size = above[summed + 1]
+                    for g in range(groups):
+                        size += size_of[g] * _ones(live[g, summed])
+                    above[summed] = size
+                # The key's own bit is the last that is left.
+                distance = above[word + 1]
+                for g in range(groups):
+                    distance += size_of[g] * _ones(live[g, word] >> bit)
                 found = start[min(distance >> shift, len(start) - 1)]
                 while found < len(capacities) and capacities[found] < distance:
                     found += 1
             counts[at, found, 0] += tokens[i]
             counts[at, found, 1] += 1
-        if top + stop - first > len(key_at):
-            top = _pack(stack, top)
-        for i in range(stop - first):
-            key = batch[i]
+        if top + stop - first > 64 * words:
+            top = _pack(stack, num_experts)
+        own = live[group_of[at]]
+        for i in range(first, stop):
+            key = base + experts[i]
             old = touch[key]
             if old >= 0:
-                key_at[old] = -1
-                size_at[old] = 0
-                size_of_run[old // RUN] -= size
-            touch[key] = top + i
-            ends[key] = top + stop - first
-            last_cell[key] = cell
-            key_at[top + i] = key
-            size_at[top + i] = size
-            size_of_run[(top + i) // RUN] += size
-        now[0] = top + stop - first
+                own[old >> 6] &= ~(np.uint64(1) << np.uint64(old & 63))
+            touch[key] = top + last_touch[i]
+        for slot in range(top, top + stop - first):
+            own[slot >> 6] |= np.uint64(1) << np.uint64(slot & 63)
+        now[0], now[1] = top + stop - first, stop - first
+
+
+@njit
+def _ones(word):
+    """Bits that are set; written so that compilers make one instruction of it.
+
+    Source: H. S. Warren, "Hacker's Delight", 2nd edition 2012, section 5-1.
+    """
+    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
 @njit
@@ -113,7 +127,7 @@ def _starts(capacities):
     shift = 0
     while capacities[-1] >> shift >= 8192:
         shift += 1
-    start = np.empty((capacities[-1] >> shift) + 2, np.int64)
+    start = np.empty((capacities[-1] >> shift) + 2, np.int32)
     at = 0
     for i in range(len(start)):
         while at < len(capacities) and capacities[at] < i << shift:
@@ -123,36 +137,23 @@ def _starts(capacities):
 
 
 @njit
-def _above(size_at, size_of_run, end, top):
-    """Size of what was put on the stack from ``end`` on."""
-    total = 0
-    run = (end + RUN - 1) // RUN
-    for slot in range(end, min(run * RUN, top)):
-        total += size_at[slot]
-    for i in range(run, (top + RUN - 1) // RUN):
-        total += size_of_run[i]
-    return total
-
-
-@njit
-def _pack(stack, top):
+def _pack(stack, num_experts):
     """Close the gaps that keys touched again have left; how many touches remain."""
-    touch, ends, _, key_at, size_at, size_of_run, _ = stack
+    touch, live, _, group_of, _ = stack
+    groups, words = live.shape
+    before = np.empty(words, np.int64)
+    filled = np.zeros(words, np.uint64)
     kept = 0
-    moved = np.empty(top + 1, np.int64)
-    for slot in range(top):
-        moved[slot] = kept
-        key, size = key_at[slot], size_at[slot]
-        key_at[slot] = -1
-        size_at[slot] = 0
-        if key >= 0:
-            touch[key] = kept
-            key_at[kept] = key
-            size_at[kept] = size
-            kept += 1
-    moved[top] = kept
-    size_of_run[:] = 0
-    for slot in range(kept):
-        ends[key_at[slot]] = moved[ends[key_at[slot]]]
-        size_of_run[slot // RUN] += size_at[slot]
+    for word in range(words):
+        for g in range(groups):
+            filled[word] |= live[g, word]
+        before[word] = kept
+        kept += _ones(filled[word])
+    live[:] = 0
+    for key in range(len(touch)):
+        if touch[key] >= 0:
+            word, bit = touch[key] >> 6, np.uint64(touch[key] & 63)
+            slot = before[word] + _ones(filled[word] & ~(~np.uint64(0) << bit))
+            touch[key] = slot
+            live[group_of[key // num_experts], slot >> 6] |= np.uint64(1) << np.uint64(slot & 63)
     return kept

@@ -179,20 +179,48 @@ def block_unique(
 
 
 def merge_streams(streams: Sequence[ExpertStream]) -> ExpertStream:
-    """All layers' streams of a segment as one: forwards outermost, layers ascending."""
+    """All layers' streams of a segment as one: forwards outermost, layers ascending.
+
+    Parameters
+    ----------
+    streams : sequence of ExpertStream
+        One a layer, layers ascending.
+    """
     forward = np.concatenate([s.cell_forward for s in streams])
-    layer = np.concatenate([s.cell_layer for s in streams])
     sizes = np.concatenate([np.diff(s.offsets) for s in streams])
-    order = np.lexsort((layer, forward))
-    offsets = np.concatenate(([0], np.cumsum(sizes[order]))).astype(np.int64)
-    # Where each cell's entries start in the layers' entries end to end, as many times as it has entries.
-    start = np.concatenate(([0], np.cumsum(sizes)))[:-1][order]
-    source = np.repeat(start - offsets[:-1], sizes[order]) + np.arange(offsets[-1])
+    # Stable, so layers keep their order.
+    order = np.argsort(forward, kind="stable")
+    offsets = np.concatenate(([0], np.cumsum(sizes[order])))
+    start = np.empty(len(order), np.int64)
+    start[order] = offsets[:-1]
+    experts = np.empty(offsets[-1], np.uint16)
+    tokens = np.empty(offsets[-1], np.uint32)
+    last_touch = np.empty(offsets[-1], np.uint16)
+    cell = 0
+    for s in streams:
+        of_layer = start[cell : cell + len(s.cell_forward)]
+        _copy_cells(s.offsets, s.experts, s.tokens, s.last_touch, of_layer, experts, tokens, last_touch)
+        cell += len(of_layer)
     return ExpertStream(
         cell_forward=forward[order],
-        cell_layer=layer[order],
+        cell_layer=np.concatenate([s.cell_layer for s in streams])[order],
         offsets=offsets,
-        experts=np.concatenate([s.experts for s in streams])[source],
-        tokens=np.concatenate([s.tokens for s in streams])[source],
-        last_touch=np.concatenate([s.last_touch for s in streams])[source],
+        experts=experts,
+        tokens=tokens,
+        last_touch=last_touch,
     )
+
+
+@njit
+def _copy_cells(offsets, experts, tokens, last_touch, start, to_experts, to_tokens, to_last_touch):
+    """Copy each cell's entries to where they start."""
+    for c in range(len(start)):
+        first, to = np.uint64(offsets[c]), np.uint64(start[c])
+        entries = range(np.uint64(offsets[c + 1] - offsets[c]))
+        # An array a loop, and unsigned indices, make vector operations of them.
+        for i in entries:
+            to_experts[to + i] = experts[first + i]
+        for i in entries:
+            to_tokens[to + i] = tokens[first + i]
+        for i in entries:
+            to_last_touch[to + i] = last_touch[first + i]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -130,24 +132,10 @@ def test_a_long_run_packs_its_stack_and_equals_single_replays(scope):
 
 
 def test_a_stack_of_short_runs_is_packed_often(monkeypatch):
-    monkeypatch.setattr(lru_curve_module, "empty_stack", packed_soon)
+    monkeypatch.setattr(lru_curve_module, "empty_stack", partial(stack_distance.empty_stack, room=2))
     trace = random_trace(4, segments=3, calls=60, num_experts=9)
     expected = [naive_lru(list(streams_of(trace, 1)), [1, 1], budget)[1, 1] for budget in range(10)]
     assert lru_curve(trace).hit_experts[1].tolist() == expected
-
-
-def packed_soon(keys):
-    """A stack with room for two batches of every key and no more."""
-    room = 2 * keys
-    return stack_distance.Stack(
-        np.full(keys, -1, np.int64),
-        np.zeros(keys, np.int64),
-        np.full(keys, -2, np.int64),
-        np.full(room, -1, np.int64),
-        np.zeros(room, np.int64),
-        np.zeros(-(-room // stack_distance.RUN), np.int64),
-        np.zeros(2, np.int64),
-    )
 
 
 @given(seed=st.integers(0, 10**6), scope=st.sampled_from(["layer", "global"]))
