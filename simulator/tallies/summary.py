@@ -125,7 +125,7 @@ class RoutingTally:
     def _experts_retained(self) -> float | None:
         """Mean share of a row's recorded experts that are still selected, over layers and rows with any."""
         kept, rows = self.rows_kept.sum(axis=0)[1:].T.tolist()
-        shares = sum((Fraction(n, size) for size, n in enumerate(kept, start=1)), Fraction(0))
+        shares = sum((Fraction(n, size) for size, n in enumerate(kept, start=1) if n), Fraction(0))
         return float(shares / sum(rows)) if any(rows) else None
 
     def bounds(self) -> dict[str, Any] | None:

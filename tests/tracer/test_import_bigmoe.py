@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from simulator.lru_curve import lru_curve
 from simulator.replay import replay
 from tracer.check import check
 from tracer.errors import UserError
@@ -105,6 +106,7 @@ def broken(found, change):
         (lambda f: f.__setitem__(5, (*f[5][:5], EXPERTS, 0.5)), "expert 6 of 6"),
         (lambda f: f.pop(3), "1 rows"),
         (lambda f: f.__setitem__(4, (*f[4][:6], float("nan"))), "weight nan"),
+        (lambda f: f.__setitem__(4, (*f[4][:6], -0.5)), "weight -0.5"),
         (lambda f: f.clear(), "no routed expert"),
         (lambda f: f.__setitem__(0, (0, 0, 0, 0, "x", 1, 0.5)), "cannot be read"),
     ],
@@ -122,21 +124,86 @@ def test_a_foreign_file_is_refused(tmp_path):
         import_bigmoe(tmp_path / "none.csv", tmp_path / "a.trace")
 
 
-# Hit rates of decode lookups in percent, printed beside the two recorded traces (BigMoeOnEdge, docs/bench-data).
+def test_slots_that_float16_cannot_tell_apart_keep_their_order(tmp_path):
+    found = []
+    for step in range(4):
+        for layer in LAYERS:
+            # The second step's weights are equal in the dump already; the slots order its experts all the same.
+            second = 0.5 if step == 1 else 0.499999
+            found += [(0, 1, step, layer, 0, 4, 0.5), (0, 1, step, layer, 1, 1 + step % 2, second)]
+    import_bigmoe(write(tmp_path / "a.route.csv", found), tmp_path / "a.trace")
+    for segment in open_trace(tmp_path / "a.trace").segments():
+        for number in LAYERS:
+            layer = segment.layer(number)
+            assert (
+                np.take_along_axis(layer.expert_ids, np.argsort(-layer.gate_weights, axis=1), 1)[:, 0].tolist()
+                == [4] * 4
+            )
+            assert np.abs(np.sort(layer.gate_weights.view(np.int16)) - np.float16(0.5).view(np.int16)).max() == 1
+
+
+# Percent of decode lookups that hit, as printed by the replay of the recorded traces (github Helldez/BigMoeOnEdge @2d4f2b1,
+# docs/bench-data/2026-07-20-cache-replay, *-curve.csv), at these budgets over all layers; its "layer" and "layerlfu" divide
+# them equally.
+MEBIBYTES = (250, 500, 750, 1000, 1500, 2000, 2500, 3000, 4000, 6000, 8000)
 PUBLISHED = {
-    ("qwen", 500): (45.3, 0.0, 26.6, 38.3),
-    ("qwen", 2000): (79.4, 56.5, 58.6, 59.4),
-    ("gptoss", 500): (29.4, 0.0, 14.2, 19.1),
-    ("gptoss", 2000): (59.9, 30.9, 35.0, 34.5),
+    "qwen": {
+        "belady:scope=global": (27.496, 45.266, 55.371, 62.671, 72.705, 79.354, 84.150, 87.828, 92.716, 96.623, 97.095),
+        "lru:scope=global": (0.000, 0.000, 0.000, 37.679, 47.040, 56.548, 65.107, 70.614, 80.287, 92.133, 95.966),
+        "lfu:scope=global": (17.106, 26.636, 34.144, 40.188, 50.279, 58.621, 65.473, 71.265, 80.794, 92.022, 95.969),
+        "lru": (38.344, 38.344, 38.344, 42.337, 50.507, 59.399, 65.449, 71.129, 79.715, 90.291, 95.049),
+        "lfu": (38.344, 38.344, 38.344, 45.090, 55.244, 63.330, 68.880, 74.186, 81.746, 91.045, 95.201),
+    },
+    "gptoss": {
+        "belady:scope=global": (17.860, 29.384, 37.218, 43.490, 53.168, 59.896, 64.475, 67.795, 73.003, 81.033, 85.026),
+        "lru:scope=global": (0.000, 0.000, 0.000, 17.665, 17.990, 30.881, 41.688, 44.835, 51.714, 59.484, 65.885),
+        "lfu:scope=global": (8.160, 14.236, 18.685, 23.264, 29.601, 34.983, 39.714, 43.576, 49.783, 59.679, 66.081),
+        "lru": (19.054, 19.054, 19.054, 19.054, 25.933, 34.484, 41.189, 45.942, 52.148, 61.589, 67.687),
+        "lfu": (19.054, 19.054, 19.054, 19.054, 27.387, 34.245, 40.213, 44.510, 50.846, 61.849, 67.708),
+    },
+    "gemma": {
+        "belady:scope=global": (29.275, 48.220, 58.051, 65.699, 74.857, 80.569, 85.109, 88.633, 92.908, 96.424, 96.424),
+        "lru:scope=global": (0.000, 0.000, 35.438, 36.076, 51.081, 62.157, 67.821, 73.099, 81.910, 93.273, 96.233),
+        "lfu:scope=global": (18.433, 30.525, 38.993, 45.755, 56.411, 64.089, 70.295, 75.486, 83.433, 93.585, 96.233),
+        "lru": (36.024, 36.024, 37.539, 42.951, 54.983, 63.950, 69.896, 74.800, 82.161, 92.309, 95.521),
+        "lfu": (36.024, 36.024, 38.802, 47.726, 59.757, 67.617, 73.741, 78.064, 84.349, 92.895, 95.586),
+    },
 }
 
 
-@pytest.mark.skipif("BIGMOE_TRACES" not in os.environ, reason="BIGMOE_TRACES names no folder with the recorded traces")
-@pytest.mark.parametrize(("name", "mebibytes"), PUBLISHED)
-def test_published_hit_rates(name, mebibytes, tmp_path):
-    import_bigmoe(Path(os.environ["BIGMOE_TRACES"]) / f"{name}.route.csv", tmp_path / "a.trace")
-    size = f"budget_bytes={mebibytes << 20}"
-    caches = [f"belady:scope=global,{size}", f"lru:scope=global,{size}", f"lfu:scope=global,{size}", f"lru:{size}"]
-    runs = replay(open_trace(tmp_path / "a.trace"), ["vanilla"], caches).runs
-    rates = tuple(round(100 * run.summary["expert_hit_rate_by_kind"]["decode"], 1) for run in runs)
-    assert rates == PUBLISHED[name, mebibytes]
+def caches(name):
+    """One spec a published figure, policies outermost."""
+    specs = []
+    for cache in PUBLISHED[name]:
+        specs += [f"{cache}{',' if ':' in cache else ':'}budget_bytes={size << 20}" for size in MEBIBYTES]
+    return specs
+
+
+def recorded(name, folder):
+    """The recorded trace, imported; skips where there is none."""
+    if "BIGMOE_TRACES" not in os.environ:
+        pytest.skip("BIGMOE_TRACES names no folder with BigMoeOnEdge's recorded traces")
+    source = Path(os.environ["BIGMOE_TRACES"]) / f"{name}.route.csv"
+    if not source.exists():
+        pytest.skip(f"the folder BIGMOE_TRACES names has no {source.name}")
+    import_bigmoe(source, folder / f"{name}.trace")
+    return open_trace(folder / f"{name}.trace")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_hit_rates(name, tmp_path):
+    runs = replay(recorded(name, tmp_path), residency=caches(name), keep_cells=False).runs
+    rates = [round(100 * run.summary["expert_hit_rate_by_kind"]["decode"], 3) for run in runs]
+    assert rates == [rate for row in PUBLISHED[name].values() for rate in row]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_hit_rates_of_lru_in_one_pass(name, tmp_path):
+    trace = recorded(name, tmp_path)
+    curve = lru_curve(trace, "global", budget_bytes=[size << 20 for size in MEBIBYTES])
+    runs = replay(
+        trace, residency=[spec for spec in caches(name) if spec.startswith("lru:scope")], keep_cells=False
+    ).runs
+    assert curve.hit_tokens.sum(axis=0).tolist() == [
+        round(r.summary["hit_rate"] * r.summary["assignments"]) for r in runs
+    ]

@@ -1,7 +1,8 @@
 """BigMoeOnEdge route traces: a CSV of one row per routed expert, with a preamble of ``#`` lines.
 
 Source: github Helldez/BigMoeOnEdge @2d4f2b1, docs/bench-data (format ``route_trace v1``). Its own replay, and its device
-counters, read a prefill as one batch per layer, token-major, and every decoded token as one batch per layer.
+counters, read a prefill as one batch per layer, token-major, and every decoded token as one batch per layer; experts of a row
+are looked up slot by slot, by falling weight.
 """
 
 from __future__ import annotations
@@ -115,7 +116,10 @@ def _read(source: Path, experts: int, top_k: int) -> pl.DataFrame:
     if table.is_empty():
         raise UserError(f"{source} holds no routed expert.")
     wrong = table.filter(
-        (pl.col("expert") >= experts) | (pl.col("phase") > DECODE_PHASE) | ~pl.col("weight").is_finite()
+        (pl.col("expert") >= experts)
+        | (pl.col("phase") > DECODE_PHASE)
+        | ~pl.col("weight").is_finite()
+        | (pl.col("weight") < 0)
     )
     if wrong.height:
         turn, phase, step, layer, slot, expert, weight = wrong.row(0)
@@ -150,6 +154,7 @@ def _write_turn(writer: TraceWriter, turn_rows: pl.DataFrame, turn: int, layers:
     expert_ids[where] = calls["expert"].to_numpy()
     weights[where] = calls["weight"].to_numpy()
     routed[where[:2]] = True
+    gate_weights = np.where(routed[..., None], _half_in_order(weights), np.float16(0))
     prompt = int((per_token["phase"] == PREFILL_PHASE).sum())
     bounds = ([(0, prompt)] if prompt else []) + [(t, t + 1) for t in range(prompt, tokens)]
     for start, end in bounds:
@@ -168,7 +173,7 @@ def _write_turn(writer: TraceWriter, turn_rows: pl.DataFrame, turn: int, layers:
         routing = {
             layer: {
                 "expert_ids": expert_ids[start:end, index],
-                "gate_weights": weights[start:end, index],
+                "gate_weights": gate_weights[start:end, index],
                 "routed": None if routed[start:end, index].all() else routed[start:end, index],
             }
             for index, layer in enumerate(layers)
@@ -183,3 +188,18 @@ def _write_turn(writer: TraceWriter, turn_rows: pl.DataFrame, turn: int, layers:
             "stop_reason": "length",
         }
     )
+
+
+def _half_in_order(weights: np.ndarray) -> np.ndarray:
+    """Weights as float16 [..., K], those that rounding makes equal told apart by one unit in the last place.
+
+    Weights order a row's lookups, so the slots' falling order must survive; where it did not fall, nothing is changed.
+    """
+    half = weights.astype(np.float16)
+    # Of numbers that are not negative the next larger one has the next larger bits.
+    bits = half.view(np.int16)
+    for slot in range(weights.shape[-1] - 2, -1, -1):
+        falls = weights[..., slot] >= weights[..., slot + 1]
+        above = np.where(falls, bits[..., slot + 1] + 1, bits[..., slot])
+        bits[..., slot] = np.maximum(bits[..., slot], above)
+    return half
