@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,13 +129,13 @@ class Trace:
         if table == "requests":
             return self.requests.lazy()
         if table == "routing":
-            return scan_routing(self)
+            return scan_routing(self.segments, self.meta.model.num_experts)
         stored = "routing" if table == "cells" else table
         if stored not in TABLES:
             raise UserError(f"there is no table {table!r}: choose one of {', '.join((*TABLES, 'cells'))}.")
         if stored not in self.meta.tables:
             raise UserError(f"{self.path} has no {stored} table.")
-        return scan_parts(self, stored)
+        return scan_parts(partial(self.parts, stored), stored)
 
     def has(self, requirement: str) -> bool:
         """Whether the trace holds what a policy or metric requires.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -13,9 +13,7 @@ from polars.io.plugins import register_io_source
 from tracer.files.forwards import StoredForwards
 from tracer.files.parts import PartFile, kind_codes, numbers, open_part
 from tracer.schema import STOP_REASONS, TABLES
-
-if TYPE_CHECKING:
-    from tracer.files.reader import Trace
+from tracer.trace import Segment
 
 POLARS_TYPES: dict[str, Any] = {
     "uint8": pl.UInt8,
@@ -81,19 +79,19 @@ def requests_frame(path: Path, forwards: StoredForwards) -> pl.DataFrame:
     return pl.concat([ended, worked_on], how="diagonal").sort("request_id")
 
 
-def scan_parts(trace: Trace, table: str) -> pl.LazyFrame:
-    """A table as stored, part by part, in the format's own types."""
+def scan_parts(parts: Callable[[], Iterable[PartFile]], table: str) -> pl.LazyFrame:
+    """A table as stored, part by part, in the format's own types; ``parts()`` lists its parts."""
 
     def frames() -> Iterator[pl.DataFrame]:
-        for part in trace.parts(table):
+        for part in parts():
             yield part_frame(part)
 
     return _scan(frames, table_schema(table))
 
 
-def scan_routing(trace: Trace) -> pl.LazyFrame:
+def scan_routing(segments: Callable[[], Iterable[Segment]], num_experts: int) -> pl.LazyFrame:
     """The tidy view: one row per (forward_id, layer, row, slot). Rows that were not routed have none."""
-    ids = pl.UInt8 if trace.meta.model.num_experts <= 256 else pl.UInt16
+    ids = pl.UInt8 if num_experts <= 256 else pl.UInt16
     schema = pl.Schema(
         {
             "forward_id": pl.UInt32,
@@ -106,7 +104,7 @@ def scan_routing(trace: Trace) -> pl.LazyFrame:
     )
 
     def frames() -> Iterator[pl.DataFrame]:
-        for segment in trace.segments():
+        for segment in segments():
             offsets = segment.forwards.row_offsets
             rows = np.diff(offsets)
             forward = np.repeat(segment.forwards.forward_id, rows)
