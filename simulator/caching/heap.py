@@ -87,7 +87,8 @@ def _pack(cache):
     priorities, keys = cache.heap_priority, cache.heap_key
     for j in range(cache.held[2]):
         cache.queued[keys[j]] = False
-    kept = 0
+    # Literals would have what is called compiled for each of them, here and below.
+    kept = np.int64(0)
     for j in range(cache.held[2]):
         key, priority = keys[j], priorities[j]
         if cache.inside[key] and not cache.queued[key] and priority == cache.priority[key]:
@@ -164,7 +165,7 @@ def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, ca
             while size_held > capacity and heaped > 0:
                 entry, key = heap_priority[0], np.uint64(heap_key[0])
                 if inside[key] and last_batch[key] != c and priority[key] > entry:
-                    _sink(heap_priority, heap_key, heaped, 0, priority[key], heap_key[0])
+                    _sink(heap_priority, heap_key, heaped, np.int64(0), priority[key], heap_key[0])
                     continue
                 if inside[key] and last_batch[key] != c and priority[key] == entry:
                     inside[key] = False
@@ -174,7 +175,7 @@ def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, ca
                 queued[key] = False
                 heaped -= 1
                 if heaped > 0:
-                    _sink(heap_priority, heap_key, heaped, 0, heap_priority[heaped], heap_key[heaped])
+                    _sink(heap_priority, heap_key, heaped, np.int64(0), heap_priority[heaped], heap_key[heaped])
         demoted[c] = peak[c, 1] - keys_held
         for i in range(np.uint64(start), np.uint64(stop)):
             key = first + np.uint64(experts[i])

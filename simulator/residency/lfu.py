@@ -50,5 +50,7 @@ class Lfu(Budgeted):
         """Serve the cells in order; each is one batch."""
         cache, (capacity, sizes, lookups) = Ranked(*(a.copy() for a in state[0])), state[1:]
         rule = Rule(of_use=USE, of_lookup=1, of_rank=1, of_key=0, grows=True, forget=self.forget)
-        placement = demand_placement(serve, stream, sizes, stream.last_touch, rule, lookups, capacity, cache)
+        # Of the type of belady's ranks, so that the kernel is compiled once.
+        rank = stream.last_touch.astype(np.uint32)
+        placement = demand_placement(serve, stream, sizes, rank, rule, lookups, capacity, cache)
         return placement, (cache, capacity, sizes, lookups + len(stream.experts))

@@ -37,7 +37,7 @@ def _unions(scores, bias, rows, chunk_offsets, k_prime, members, member_offsets)
     best = np.empty(k_prime, np.float32)
     top = np.empty(k_prime, np.int64)
     inside = np.zeros(experts, np.uint8)
-    end = 0
+    end = np.int64(0)
     for c in range(len(chunk_offsets) - 1):
         for t in rows[chunk_offsets[c] : chunk_offsets[c + 1]]:
             for e in range(experts):

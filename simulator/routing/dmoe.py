@@ -96,7 +96,7 @@ def _vote(scores, rows, router, columns, best, lanes, candidates, values, votes)
     k = router.top_k
     _lane_maxima(scores, rows, router.bias, columns)
     if k < LANES:
-        kth_largest(columns, LANES, len(rows), k, best, values)
+        kth_largest(columns, np.int64(LANES), len(rows), k, best, values)
     else:
         best[k - 1] = -np.inf
     _add_votes(scores, rows, router.bias, columns, best[k - 1], k, lanes, candidates, values, votes)

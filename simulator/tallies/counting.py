@@ -138,7 +138,9 @@ def union_sets(ids, count, row_offsets, num_experts):
                 seen[ids[t, k]] = 1
         if total + num_experts > len(members):
             grown = np.empty(2 * (total + num_experts), np.int64)
-            grown[:total] = members[:total]
+            # An assignment of slices compiles, with the text of its error, for seconds.
+            for i in range(total):
+                grown[i] = members[i]
             members = grown
         for e in range(num_experts):
             members[total] = e
