@@ -110,7 +110,8 @@ def build_stream(
     check_selection(selection, int(row_offsets[-1]), num_experts, policy)
     forwards = len(row_offsets) - 1
     width = selection.expert_ids.shape[1]
-    if selection.count.min(initial=width) == width:
+    full = bool(selection.count.min(initial=width) == width)
+    if full:
         slot_offsets = row_offsets * width
     else:
         slot_offsets = np.concatenate(([0], np.cumsum(selection.count, dtype=np.int64)))[row_offsets]
@@ -124,12 +125,9 @@ def build_stream(
     if ordered:
         # Room for a key: the bits of a weight over those of an id.
         key = np.uint32 if slots[1].dtype == np.uint16 else np.uint64
-        flat, tile = np.empty(LANES * width, key), np.empty((width, LANES), key)
-        largest = int(np.diff(slot_offsets).max(initial=0))
-        network = sorting_network(width)
-        twice = touches_in_order(
-            slots, selection.count, network, flat, tile, row_offsets, largest, num_experts, *filled
-        )
+        keys = np.empty(int(np.diff(row_offsets).max(initial=0)) * width, key)
+        tile, network = np.empty((width, LANES), key), sorting_network(width)
+        twice = touches_in_order(slots, selection.count, network, full, keys, tile, row_offsets, num_experts, *filled)
     else:
         twice = touches_in_any_order(slots[0], selection.count, np.uint64(width), row_offsets, num_experts, *filled)
     if twice >= 0:
