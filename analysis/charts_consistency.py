@@ -55,6 +55,43 @@ def cosine(lines: pl.DataFrame) -> alt.TopLevelMixin:
     return _beside(lines, "Expert counts from step to step", subtitle, "distance, denoise steps", y)
 
 
+def survival(lines: pl.DataFrame) -> alt.TopLevelMixin:
+    """Share of active experts that stay active for some steps, with every null."""
+    subtitle = f"Share of the experts active in a denoise forward that stay active in each of the next steps. {GREY}"
+    y = alt.Y("value:Q", title="active experts still active", axis=alt.Axis(format="%")).scale(domain=[0, 1])
+    return _beside(lines, "How long an expert stays active", subtitle, "denoise steps", y)
+
+
+def working_set(lines: pl.DataFrame) -> alt.TopLevelMixin:
+    """Distinct experts of windows of forwards, with what forwards in another order or independent ones would need."""
+    subtitle = f"Distinct experts a layer over so many denoise forwards in a row; fewer is more alike. {GREY}"
+    y = alt.Y("value:Q", title="distinct experts a layer").scale(zero=True)
+    return _beside(lines, "Working set of a window", subtitle, "denoise forwards in the window", y)
+
+
+def drift(curve: pl.DataFrame) -> alt.TopLevelMixin:
+    """Share of the wanted set that an earlier wanted set lacks, a line a size of the set."""
+    subtitle = f"Of the experts with most tokens, the share that was not among them some steps before; less is alike. {HARDEST}"
+    y = alt.Y("value:Q", title="share of the set that is new", axis=alt.Axis(format="%")).scale(domain=[0, 1])
+    return _curves(curve, "Drift of the wanted set", subtitle, "distance, denoise steps", "experts of a layer", y)
+
+
+def confidence(lines: pl.DataFrame) -> alt.TopLevelMixin:
+    """Share of masked rows whose prediction changes yet, and their confidence, by steps before the acceptance."""
+    subtitle = (
+        f"Rows still masked: is the predicted token the one accepted in the end, and how sure is the model? {INTERVAL}"
+    )
+    y = alt.Y("value:Q", title="share, confidence", axis=alt.Axis(format="%")).scale(domain=[0, 1])
+    return _beside(lines, "Confidence against later change", subtitle, "steps before the acceptance", y)
+
+
+def seeds(lines: pl.DataFrame) -> alt.TopLevelMixin:
+    """Cosine of expert popularity across recordings by layer, with every null."""
+    subtitle = f"Cosine of the loads of a layer's experts in two recordings, mean over their pairs. {GREY}"
+    y = alt.Y("value:Q", title="cosine of expert loads").scale(domain=[0, 1])
+    return _beside(lines, "Popularity of experts across recordings", subtitle, "layer of the model", y)
+
+
 def growth(lines: pl.DataFrame) -> alt.TopLevelMixin:
     """Distinct experts of the first rows of a forward, with what independent rows would touch."""
     subtitle = (
@@ -86,7 +123,8 @@ def acceptance(frame: pl.DataFrame) -> alt.TopLevelMixin:
     )
     drawn = base.encode(y=alt.Y("value:Q", title="tokens accepted a step").scale(zero=True))
     lines = drawn.mark_line(color=theme.VERMILLION), drawn.mark_point(color=theme.VERMILLION, filled=True)
-    chart = alt.layer(_band(base, theme.VERMILLION), *lines)
+    band = [_band(base, theme.VERMILLION)] if frame["low"].count() else []
+    chart = alt.layer(*band, *lines)
     subtitle = f"Mean over the blocks that take so many steps. Overlap falls as steps accept more. {INTERVAL}"
     return finish(chart, "Tokens accepted by each step", subtitle)
 
@@ -115,8 +153,10 @@ def calibration(frame: pl.DataFrame) -> alt.TopLevelMixin:
     return finish(chart, "Confidence against the final token", subtitle)
 
 
-def _curves(curve: pl.DataFrame, title: str, subtitle: str, x: str, legend: str) -> alt.TopLevelMixin:
-    """A measured line for each series, its interval, and its hardest null."""
+def _curves(
+    curve: pl.DataFrame, title: str, subtitle: str, x: str, legend: str, y: alt.Y | None = None
+) -> alt.TopLevelMixin:
+    """A measured line for each series, its interval, and its hardest null; a Jaccard unless ``y`` says otherwise."""
     names = curve["series"].unique(maintain_order=True).to_list()
     colour, shape = _named("series", legend, names, theme.PALETTE)
     base = alt.Chart(bounded(curve, title)).encode(
@@ -124,13 +164,13 @@ def _curves(curve: pl.DataFrame, title: str, subtitle: str, x: str, legend: str)
         tooltip=[
             alt.Tooltip("series:N", title=legend),
             alt.Tooltip("at:Q", title=x),
-            *_figures("Jaccard"),
+            *_figures("Jaccard" if y is None else "value"),
             alt.Tooltip("null:Q", title="null hardest to beat", format=".3f"),
             alt.Tooltip("null_name:N", title="which is"),
             alt.Tooltip("n:Q", title="pairs", format=","),
         ],
     )
-    y = alt.Y("value:Q", title="Jaccard of the K-sets").scale(domain=[0, 1])
+    y = alt.Y("value:Q", title="Jaccard of the K-sets").scale(domain=[0, 1]) if y is None else y
     nulls = base.mark_line(strokeDash=[4, 4], strokeWidth=1.4).encode(y="null:Q", color=colour)
     measured = base.encode(y=y, color=colour)
     layers = [*_bands(base, "series", names, theme.PALETTE), nulls, measured.mark_line()]
@@ -166,10 +206,15 @@ def _named(field: str, title: str | None, names: Sequence[str], colours: Sequenc
 
 
 def _bands(base: alt.Chart, field: str, names: Sequence[str], colours: Sequence[str]) -> list[alt.Chart]:
-    """The interval of each point, shaded, a layer a series: one layer for all would fade the legend."""
+    """The interval of each point, shaded, a layer a series: one layer for all would fade the legend.
+
+    None for a series without intervals: Vega complains of layers that hold nothing.
+    """
+    known = set(base.data.drop_nulls("low")[field])
     return [
         _band(base.transform_filter(alt.FieldEqualPredicate(equal=name, field=field)), colour)
         for name, colour in zip(names, colours, strict=False)
+        if name in known
     ]
 
 

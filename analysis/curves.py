@@ -1,7 +1,7 @@
 """From the frames of a consistency analysis to the small frames its charts draw, and to words. Nothing here draws.
 
 A curve has the columns ``series``, ``at`` (where on the x axis), ``value``, ``low``, ``high`` (interval), ``null`` (the one
-hardest to beat), ``null_name``, ``n``, ``beats_null``; every null is drawn beside it where there is one series only.
+hardest to beat), ``null_name``, ``n``, ``beats_null``; where there is one series only, every null is a line of its own.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ REFERENCES = {
     "first_known": "the first step that sees the token",
     "final": "the last step of the block",
 }
+SEEDS = {"traces": "whole recordings", "prompts": "the same prompt"}
+MEASURED = "measured"
 ORDERS = {"position": "by position", "random": "in random order"}
 
 
@@ -127,24 +129,62 @@ def spatial(frame: pl.DataFrame) -> pl.DataFrame:
     return _curve(_whole(frame, metric="jaccard"), "distance", "state", PAIRS)
 
 
+def _narrowest(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows for all layers together, of the rows of a block where they are known, else of the whole forward."""
+    return _whole(frame, scope="block" if "block" in frame["scope"].to_list() else "forward")
+
+
 def cosine(frame: pl.DataFrame) -> pl.DataFrame:
-    """Cosine of expert counts by steps apart, of the rows of a block where they are known: lines as in :func:`beside`."""
-    scope = "block" if "block" in frame["scope"].to_list() else "forward"
-    return beside(_whole(frame, scope=scope), "cosine", "distance", {"measured": pl.lit(True)})
+    """Cosine of expert counts by steps apart: lines as in :func:`beside`."""
+    return beside(_narrowest(frame), "cosine", "distance", {MEASURED: pl.lit(True)})
+
+
+def drift(frame: pl.DataFrame) -> pl.DataFrame:
+    """Curve of the share of the wanted set that an earlier one lacks, by steps apart, a series a size of the set."""
+    moved = _narrowest(frame).filter(pl.col("metric") == "drift")
+    words = {str(budget): f"the {budget} most wanted" for budget in sorted(moved["budget"].unique().to_list())}
+    return _curve(moved.with_columns(pl.col("budget").cast(pl.String)), "distance", "budget", words, smaller=True)
+
+
+def survival(frame: pl.DataFrame) -> pl.DataFrame:
+    """Share of active experts that stay active, by steps: lines as in :func:`beside`."""
+    return beside(_narrowest(frame), "survival", "distance", {MEASURED: pl.lit(True)})
+
+
+def working_set(frame: pl.DataFrame) -> pl.DataFrame:
+    """Distinct experts of a window of forwards, by its length: lines as in :func:`beside`."""
+    return beside(_from_two(_narrowest(frame), "window"), "working_set", "window", {MEASURED: pl.lit(True)})
+
+
+def seeds(frame: pl.DataFrame) -> pl.DataFrame:
+    """Cosine of expert popularity across recordings by layer, mean over their pairs: lines as in :func:`beside`."""
+    pooled = frame.filter((pl.col("metric") == "cosine") & pl.col("first").is_null()).drop_nulls("layer")
+    # Prompts first: their nulls are the harder ones, and one line a null is drawn.
+    pooled = pooled.sort(pl.col("between") == "traces", "layer", maintain_order=True)
+    return beside(pooled, "seeds", "layer", {word: pl.col("between") == name for name, word in SEEDS.items()})
 
 
 def predictability(frame: pl.DataFrame) -> pl.DataFrame:
     """Share of a layer's experts that the layer before foretells, by layer: lines as in :func:`beside`."""
-    return beside(frame.drop_nulls("layer"), "predictability", "layer", {"measured": pl.lit(True)})
+    return beside(frame.drop_nulls("layer"), "predictability", "layer", {MEASURED: pl.lit(True)})
 
 
 def growth(frame: pl.DataFrame) -> pl.DataFrame:
     """Distinct experts of the first rows of a forward, by rows: lines as in :func:`beside`."""
-    return beside(_whole(frame), "growth", "rows", {ORDERS[name]: pl.col("order") == name for name in ORDERS})
+    lines = {ORDERS[name]: pl.col("order") == name for name in ORDERS}
+    return beside(_from_two(_whole(frame), "rows"), "growth", "rows", lines)
+
+
+def _from_two(frame: pl.DataFrame, at: str) -> pl.DataFrame:
+    """The frame without a verdict where one thing is counted, as that is what every null has by definition."""
+    return frame.with_columns(pl.when(pl.col(at) > 1).then(pl.col("beats_null")))
 
 
 def beside(frame: pl.DataFrame, name: str, at: str, measured: Mapping[str, pl.Expr]) -> pl.DataFrame:
-    """Measured lines and every null as a line: ``line``, ``is_null``, ``at``, ``value``, ``low``, ``high``, ``n``."""
+    """Measured lines and every null as a line.
+
+    Columns: ``line``, ``is_null``, ``at``, ``value``, ``low``, ``high``, ``n``, ``beats_null``.
+    """
     nothing = pl.lit(None, pl.Float64)
     lines = [
         frame.filter(wanted).select(
@@ -155,6 +195,7 @@ def beside(frame: pl.DataFrame, name: str, at: str, measured: Mapping[str, pl.Ex
             "low",
             "high",
             "n",
+            "beats_null",
         )
         for words, wanted in measured.items()
     ]
@@ -169,9 +210,20 @@ def beside(frame: pl.DataFrame, name: str, at: str, measured: Mapping[str, pl.Ex
                 nothing.alias("low"),
                 nothing.alias("high"),
                 pl.lit(None, pl.Int64).alias("n"),
+                pl.lit(None, pl.Boolean).alias("beats_null"),
             )
         )
-    return pl.concat([line.sort("at") for line in lines])
+    return pl.concat([line.sort("at") for line in lines if line.height])
+
+
+def confidence(frame: pl.DataFrame) -> pl.DataFrame:
+    """Share of predictions that change yet and mean confidence, by steps before the acceptance: lines as in :func:`beside`."""
+    changed = frame.filter(pl.col("metric") == "changed").sort("steps_before")
+    at, no = pl.col("steps_before").alias("at"), pl.lit(False).alias("is_null")
+    nothing = pl.lit(None, pl.Float64)
+    told = pl.lit("predictions that are not final").alias("line"), no, at, "value", "low", "high", "n"
+    sure = pl.lit("mean confidence").alias("line"), no, at, pl.col("confidence").alias("value")
+    return pl.concat([changed.select(told), changed.select(*sure, nothing.alias("low"), nothing.alias("high"), "n")])
 
 
 def acceptance(frame: pl.DataFrame) -> pl.DataFrame:
@@ -194,17 +246,19 @@ def unbeaten(frame: pl.DataFrame, noun: str) -> str:
 
     ``noun`` names the x axis. Points without a null or without an interval are neither beaten nor not.
     """
+    series = "series" if "series" in frame.columns else "line"
     lost = frame.filter(~pl.col("beats_null")).sort("at", maintain_order=True)
     if lost.is_empty():
         return ""
-    names = frame["series"].unique(maintain_order=True).to_list()
+    names = frame[series].unique(maintain_order=True).to_list()
     told = []
     for name in names:
-        at = lost.filter(pl.col("series") == name)["at"].to_list()
+        at = lost.filter(pl.col(series) == name)["at"].to_list()
         if at:
-            every = len(at) == frame.filter(pl.col("series") == name).height
-            told.append(f"{name} ({'at every' if every else 'at'} {noun}{'' if every else ' ' + spans(at)})")
-    return f"Not beating the null: {', '.join(told)}."
+            every = len(at) == frame.filter(pl.col(series) == name).height
+            where = f"{'at every' if every else 'at'} {noun}{'' if every else ' ' + spans(at)}"
+            told.append(where if name == MEASURED else f"{name} ({where})")
+    return f"Not beating {'the null' if series == 'series' else 'every null'}: {', '.join(told)}."
 
 
 def spans(numbers: list[int]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import polars as pl
+
 from analysis.curves import null_words
 from analysis.metrics.result import ConsistencyResult
 
@@ -40,7 +42,8 @@ def consistency_findings(result: ConsistencyResult) -> list[str]:
     if UNIQUE in rows:
         row = rows[UNIQUE]
         sentences.append(
-            f"The block's rows touch {row['value']:.1f} experts a layer in a denoise forward{_against(row, 1)}."
+            f"The block's rows touch {row['value']:.1f} experts a layer in a denoise forward{_against(row, 1)}"
+            f"{_formula(result)}."
         )
     if NEXT in rows:
         row = rows[NEXT]
@@ -49,6 +52,18 @@ def consistency_findings(result: ConsistencyResult) -> list[str]:
             + (f", against {100 * row['null']:.0f}% by {_null(row)}." if row["null"] is not None else ".")
         )
     return sentences + unbeaten_findings(result)
+
+
+def _formula(result: ConsistencyResult) -> str:
+    """What independent routing without popularity, E (1 - (1 - K / E)^n), makes of the longest growth curve."""
+    growth = result.frames.get("growth")
+    if growth is None or growth.is_empty():
+        return ""
+    whole = growth.filter(pl.col("layer").is_null(), pl.col("order") == "position").sort("rows")
+    last = whole.row(-1, named=True)
+    times = last["null_uniform"] / last["value"]
+    said = f"{last['null_uniform']:.1f} for {last['rows']} rows, {times:.2f} times as many"
+    return f"; the formula of independent routing says {said}"
 
 
 def unbeaten_findings(result: ConsistencyResult) -> list[str]:

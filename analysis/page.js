@@ -40,12 +40,23 @@
     }
   };
 
-  // Drawings follow one another, so that two of the same place never run into each other.
+  // Drawings follow one another, so that two of the same place never run into each other. What is in view comes first, and
+  // between two of them the page answers clicks and scrolling: a long page is open before its last chart is drawn.
+  const turn = () => new Promise((resolve) => setTimeout(resolve));
+  const inView = (place) => {
+    const box = place.getBoundingClientRect();
+    return box.bottom > 0 && box.top < innerHeight;
+  };
+  const nextOf = (waiting) => waiting.splice(Math.max(0, waiting.findIndex(inView)), 1)[0];
   let queue = Promise.resolve();
   const drawAll = () => {
     root.dataset.charts = "drawing";
     queue = queue.then(async () => {
-      for (const place of document.querySelectorAll(".chart")) await draw(place);
+      const waiting = [...document.querySelectorAll(".chart")];
+      while (waiting.length) {
+        await turn();
+        await draw(nextOf(waiting));
+      }
       root.dataset.charts = "drawn";
     });
   };

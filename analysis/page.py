@@ -49,7 +49,8 @@ class Page:
 
     def chart(self, chart: alt.TopLevelMixin, note: str = "") -> str:
         """Place a chart; its title and subtitle become the figure's caption, which wraps where a drawn title would be cut."""
-        spec = chart.to_dict()
+        # Charts are valid by test; checking each again would take most of the time a page takes.
+        spec = chart.to_dict(validate=False)
         spec.pop("config", None)
         spec["width"] = "container"
         spec["autosize"] = {"type": "fit-x", "contains": "padding"}

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from analysis import sections, sections_consistency
+from analysis import sections, sections_consistency, sections_interval
+from analysis.aggregate import hardware_of, policy_of
 from analysis.metrics import consistency as measure
 from analysis.page import Page
 from analysis.sections import Replayed
+from analysis.sections_seeds import gather
 from analysis.summary import ReplaySummary, TraceSummary, summarise_replay, summarise_trace
+from simulator.interval import IntervalResult, find_interval
 from tracer.errors import UserError
+
+INTERVALS = 2
+"""Pairs of budget and machine whose refresh intervals a report works out by itself, at most."""
 
 
 def write_report(
@@ -22,7 +29,7 @@ def write_report(
     results: Sequence[Any] = (),
     force: bool = False,
     consistency: Sequence[Any] | None = None,
-    intervals: Sequence[Any] = (),
+    intervals: Sequence[Any] | None = None,
 ) -> Path:
     """Write one self-contained HTML page about traces, their consistency, replays and refresh intervals.
 
@@ -40,7 +47,8 @@ def write_report(
         For each trace, what ``analysis.metrics.consistency`` returns, or None to leave it out. Without, every open trace is
         analysed here.
     intervals : sequence, optional
-        For each trace, what ``simulator.interval.find_interval`` returns, several of them, or None.
+        For each trace, what ``simulator.interval.find_interval`` returns, several of them, or None. Without, every open
+        trace gets those of the budgets and machines that its replays under tide name, :data:`INTERVALS` of them at most.
 
     Returns
     -------
@@ -59,13 +67,22 @@ def write_report(
         raise UserError(f"{path} is already there; name another file or pass --force to replace it.")
     if not path.parent.is_dir():
         raise UserError(f"The folder {path.parent} is not there; make it first or name another file.")
-    for name, given in (("consistency", consistency or ()), ("intervals", intervals)):
+    for name, given in (("consistency", consistency or ()), ("intervals", intervals or ())):
         if given and len(given) != len(traces):
             raise UserError(
                 f"{name} has {len(given)} entries for {len(traces)} traces; give one for each, None for nothing."
             )
-    recorded = [_recorded(trace, i, consistency, intervals) for i, trace in enumerate(traces)]
+    recorded = [_recorded(trace, i, consistency, intervals or ()) for i, trace in enumerate(traces)]
     replayed = [result if isinstance(result, ReplaySummary) else summarise_replay(result) for result in results]
+    if intervals is None:
+        opened = {id(summary): trace for summary, trace in zip(recorded, traces, strict=True) if summary is not trace}
+        found = match(replayed, recorded)
+        recorded = [
+            replace(summary, intervals=_intervals(opened[id(summary)], [r for r in found if r.trace is summary]))
+            if id(summary) in opened
+            else summary
+            for summary in recorded
+        ]
     written = render(recorded, replayed)
     # Written beside and renamed, so that a reader never meets half a page.
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -90,16 +107,32 @@ def _recorded(trace: Any, at: int, consistency: Sequence[Any] | None, intervals:
     return summary
 
 
+def _intervals(trace: Any, replayed: Sequence[Replayed]) -> tuple[IntervalResult, ...]:
+    """Refresh intervals of the budgets and machines of the replays under tide; none where the trace has no latency."""
+    wanted: list[tuple[int, str, bool]] = []
+    for run in (run for r in replayed for run in r.result.document.get("runs") or []):
+        name, parameters = policy_of(run, "residency")
+        budget, hardware = parameters.get("budget"), hardware_of(run)
+        if name == "tide" and budget is not None and hardware is not None:
+            wanted.append((int(budget), hardware, bool(parameters.get("copy_back", True))))
+    found = []
+    for budget, hardware, copy_back in list(dict.fromkeys(wanted))[:INTERVALS]:
+        # A trace without blocks, or a machine that is here no more, has a page all the same.
+        with suppress(UserError):
+            found.append(find_interval(trace, budget, hardware, copy_back))
+    return tuple(found)
+
+
 def render(traces: Sequence[TraceSummary], results: Sequence[ReplaySummary]) -> str:
     """The whole page as one string."""
     out = Page("moetrace report")
-    replayed = match(results, traces)
-    sections.summary(out, traces, replayed)
+    replayed, recordings = match(results, traces), gather(traces)
+    sections.summary(out, traces, replayed, recordings)
     sections.recorded(out, traces)
-    sections_consistency.consistency(out, traces)
+    sections_consistency.consistency(out, traces, recordings)
     sections.policies(out, replayed)
     sections.residency(out, replayed)
-    sections_consistency.interval(out, traces)
+    sections_interval.interval(out, traces)
     sections.cost(out, replayed)
     sections.notes(out, replayed)
     sections.provenance(out, traces, replayed)

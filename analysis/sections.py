@@ -11,6 +11,8 @@ import polars as pl
 from analysis import aggregate, charts, findings
 from analysis.findings_consistency import consistency_findings
 from analysis.page import Column, Page, bullets, facts, heading, pair, paragraph, size, table
+from analysis.sections_seeds import Recordings
+from analysis.sections_seeds import findings as across
 from analysis.summary import ReplaySummary, TraceSummary
 
 OPEN_LOOP = (
@@ -63,7 +65,9 @@ class Replayed:
         return self.trace.forwards if self.trace else None
 
 
-def summary(out: Page, traces: Sequence[TraceSummary], replayed: Sequence[Replayed]) -> None:
+def summary(
+    out: Page, traces: Sequence[TraceSummary], replayed: Sequence[Replayed], recordings: Sequence[Recordings]
+) -> None:
     """The opening sentences."""
     found: dict[str, list[str]] = {}
     for trace in traces:
@@ -71,6 +75,7 @@ def summary(out: Page, traces: Sequence[TraceSummary], replayed: Sequence[Replay
         found.setdefault(trace.name, []).extend([*findings.trace_findings(trace), *measured])
     for r in replayed:
         found.setdefault(r.trace.name if r.trace else r.name, []).extend(findings.replay_findings(r.result.document))
+    found |= {several.title: across(several) for several in recordings}
     told = [heading(name) + bullets(sentences) for name, sentences in found.items() if sentences]
     shown = pair(*(f"<div>{group}</div>" for group in told))
     if not told:

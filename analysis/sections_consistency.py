@@ -1,4 +1,4 @@
-"""The report's sections on consistency and on TIDE's refresh interval: tables, charts with their nulls, and sentences."""
+"""The report's section on consistency: tables, charts with their nulls, and sentences."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from analysis import charts_consistency, charts_interval, curves, findings_consistency
+from analysis import charts_consistency, curves, findings_consistency
 from analysis.metrics.result import ConsistencyResult
 from analysis.page import Column, Page, bullets, heading, pair, paragraph, table
+from analysis.sections_seeds import Recordings, panel
 from analysis.summary import TraceSummary
 
 NULLS = (
@@ -29,24 +30,60 @@ HEADLINE = (
     Column("n", "count", "pairs, rows, forwards or blocks averaged, over all layers"),
 )
 
+LAYERS = (
+    Column("layer", "count", "as numbered in the model"),
+    Column("next step: Jaccard", "three", "of the same position's experts"),
+    Column("null", "three", "the null hardest to beat"),
+    Column("next step: cosine", "three", "of the block's expert counts"),
+    Column("null", "three", "the null hardest to beat"),
+    Column("unique experts", "two", "of the block's rows in a denoise forward"),
+    Column("null", "two", "as many independent rows of the same popularity"),
+    Column("their CV", "three", "deviation over mean of the unique experts, over forwards"),
+    Column("load: Gini", "three", "0 even, 1 all on one expert"),
+    Column("load: CV", "three", "deviation over mean of the load, over experts"),
+    Column("hot", "count", "experts with at least twice an even share"),
+    Column("dead", "count", "experts never used"),
+    Column("foretold", "percent", "experts guessed from the layer before"),
+)
+_UNIQUE = {"scope": "block", "state": "all"}
+BY_LAYER: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("overlap", "value", {"metric": "jaccard", "state": "all", "distance": 1}),
+    ("overlap", "null", {"metric": "jaccard", "state": "all", "distance": 1}),
+    ("cosine", "value", {"scope": "block", "distance": 1}),
+    ("cosine", "null", {"scope": "block", "distance": 1}),
+    ("unique", "value", {"metric": "unique_mean", **_UNIQUE}),
+    ("unique", "null_independent", {"metric": "unique_mean", **_UNIQUE}),
+    ("unique", "value", {"metric": "unique_cv", **_UNIQUE}),
+    ("balance", "value", {"metric": "gini"}),
+    ("balance", "value", {"metric": "load_cv"}),
+    ("balance", "value", {"metric": "hot_experts"}),
+    ("balance", "value", {"metric": "dead_experts"}),
+    ("predictability", "value", {"metric": "recall"}),
+)
+"""Frame, column and rows behind each column of :data:`LAYERS` after the first."""
+
 Draw = Callable[[pl.DataFrame], alt.TopLevelMixin]
 PANELS: tuple[tuple[str, Callable[[pl.DataFrame], pl.DataFrame], Draw, str], ...] = (
     ("overlap", curves.overlap_by_distance, charts_consistency.overlap_by_distance, "distance"),
     ("overlap", curves.overlap_by_layer, charts_consistency.overlap_by_layer, "layer"),
     ("settling", curves.settling, charts_consistency.settling, "step"),
-    ("cosine", curves.cosine, charts_consistency.cosine, ""),
-    ("growth", curves.growth, charts_consistency.growth, ""),
+    ("cosine", curves.cosine, charts_consistency.cosine, "distance"),
+    ("drift", curves.drift, charts_consistency.drift, "distance"),
+    ("survival", curves.survival, charts_consistency.survival, "distance"),
+    ("working_set", curves.working_set, charts_consistency.working_set, "length"),
+    ("growth", curves.growth, charts_consistency.growth, "number"),
     ("spatial", curves.spatial, charts_consistency.spatial, "distance"),
+    ("predictability", curves.predictability, charts_consistency.predictability, "layer"),
     ("acceptance", curves.acceptance, charts_consistency.acceptance, ""),
+    ("confidence", curves.confidence, charts_consistency.confidence, ""),
     ("calibration", curves.calibration, charts_consistency.calibration, ""),
-    ("predictability", curves.predictability, charts_consistency.predictability, ""),
 )
 """Frame, what makes a curve of it, what draws that, and what its x axis counts where points are held against nulls."""
 
 
-def consistency(out: Page, traces: Sequence[TraceSummary]) -> None:
-    """Headline figures with their nulls, and how they go with distance, layer, state and rows."""
-    parts = []
+def consistency(out: Page, traces: Sequence[TraceSummary], recordings: Sequence[Recordings]) -> None:
+    """Headline figures with their nulls, how they go with distance, layer, state and rows, and across recordings."""
+    parts = [part for several in recordings for part in panel(out, several)]
     for trace in traces:
         if trace.consistency is not None:
             parts += [heading(trace.name), *_consistency_panel(out, trace.consistency)]
@@ -66,8 +103,25 @@ def _consistency_panel(out: Page, result: ConsistencyResult) -> list[str]:
     notes = [*lost, *dict.fromkeys(missing), *result.notes]
     if notes:
         parts.append(bullets(notes))
-    drawn = [panel for name, gather, draw, noun in PANELS for panel in _panel(out, result, name, gather, draw, noun)]
+    layers = _by_layer(result)
+    if layers:
+        parts.append(table(LAYERS, layers))
+    drawn = [made for name, gather, draw, noun in PANELS for made in _panel(out, result, name, gather, draw, noun)]
     return [*parts, pair(*drawn)]
+
+
+def _by_layer(result: ConsistencyResult) -> list[list[Any]]:
+    """Rows of :data:`LAYERS`; none where nothing was measured by layer."""
+    measured: list[dict[int, Any]] = []
+    for name, column, wanted in BY_LAYER:
+        frame = result.frames.get(name)
+        found: dict[int, Any] = {}
+        if frame is not None and frame.height:
+            frame = curves.hardest(frame) if column == "null" else frame
+            frame = frame.filter(pl.col("layer").is_not_null(), **wanted)
+            found = dict(frame.select("layer", column).iter_rows())
+        measured.append(found)
+    return [[layer, *(found.get(layer) for found in measured)] for layer in sorted(set().union(*measured))]
 
 
 def _headline_row(row: dict[str, Any]) -> list[Any]:
@@ -96,53 +150,3 @@ def _panel(
         reason = result.reasons.get(name, "The analysis has no row of the kind this chart draws.")
         return [paragraph(f"{name.capitalize()}: {reason}", "empty")]
     return [out.chart(draw(curve), curves.unbeaten(curve, noun) if noun else "")]
-
-
-INTERVALS = (
-    Column("choice", meaning="what chooses the interval"),
-    Column("interval", "count", "refresh interval, denoise steps"),
-    Column("latency, s", "three", "estimate, replayed at that interval"),
-    Column("slower than the best", "percent", "the regret"),
-    Column("hit rate", "percent", "token-slots whose expert was in fast memory when needed"),
-    Column("to GPU", "size", "expert weights copied to the GPU"),
-)
-CHOICES = {
-    "program": "TIDE's program, misses measured",
-    "memoryless": "TIDE's program, memoryless misses",
-    "best": "replaying every interval",
-}
-
-
-def interval(out: Page, traces: Sequence[TraceSummary]) -> None:
-    """TIDE's program, the replayed latency and what following the program costs; no section where nothing was passed."""
-    parts = []
-    for trace in traces:
-        for result in trace.intervals:
-            parts += [
-                heading(f"{trace.name}: {result.budget} experts a layer on {result.hardware}"),
-                paragraph(_chosen(result)),
-                table(INTERVALS, _choice_rows(result)),
-                pair(*(out.chart(draw(result)) for draw in charts_interval.ALL)),
-                *([bullets(result.notes)] if result.notes else []),
-            ]
-    if parts:
-        out.section("interval", "Refresh interval", *parts)
-
-
-def _chosen(result: Any) -> str:
-    cost = f"{100 * result.regret:.1f}% slower" if result.regret > 0 else "as fast"
-    return (
-        f"With {100 * result.drift:.1f}% of the wanted set changing a step, TIDE's program chooses an interval of "
-        f"{result.program}; of the intervals replayed, {result.best} is the fastest. Following the program is {cost} "
-        "(estimate)."
-    )
-
-
-def _choice_rows(result: Any) -> list[list[Any]]:
-    frame = result.frame
-    rows = []
-    for name, words in CHOICES.items():
-        found = frame.filter(pl.col("refresh_interval") == getattr(result, name)).row(0, named=True)
-        keys = ("refresh_interval", "latency_s", "slowdown", "hit_rate", "bytes_to_gpu")
-        rows.append([words, *(found[key] for key in keys)])
-    return rows

@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import polars as pl
 
+from analysis.metrics import across_seeds
 from analysis.metrics import consistency as measure
 from analysis.summary import ReplaySummary, TraceSummary
 from simulator.interval import IntervalResult
@@ -92,6 +93,12 @@ def consistency(seed=0, **shape):
         "layers": len(LAYERS),
     }
     return measure(random_trace(seed, **(wanted | shape)))
+
+
+@functools.cache
+def seeds():
+    """Popularity across three of these."""
+    return across_seeds({name: consistency(seed) for seed, name in enumerate("abc")}, replicates=20)
 
 
 def interval(budget=24, program=6, best=3):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import charts_consistency, charts_interval, curves
+from analysis import charts_consistency, charts_interval, curves, sections_consistency
 from analysis.aggregate import MAX_ROWS
 from analysis.findings_consistency import consistency_findings, unbeaten_findings
-from analysis.metrics import SCHEMAS
+from analysis.metrics import SCHEMAS, across_seeds
 from analysis.metrics.result import ConsistencyResult
 from analysis.report import render, write_report
 from analysis.sections_consistency import PANELS
@@ -65,6 +65,16 @@ def test_a_point_that_does_not_beat_its_null_is_named():
     frame = pl.DataFrame(rows, schema=("series", "at", "beats_null"), orient="row")
     assert curves.unbeaten(frame, "layer") == "Not beating the null: a (at layer 2 to 3), b (at every layer)."
     assert curves.unbeaten(frame.filter("beats_null"), "layer") == ""
+    lines = frame.rename({"series": "line"}).with_columns(pl.col("line").replace("a", curves.MEASURED))
+    assert curves.unbeaten(lines, "step") == "Not beating every null: at step 2 to 3, b (at every step)."
+
+
+def test_one_row_and_one_forward_are_not_held_against_nulls_that_equal_them():
+    frames = replayed.consistency().frames
+    for gather, name in ((curves.growth, "growth"), (curves.working_set, "working_set")):
+        lines = gather(frames[name]).filter(~pl.col("is_null"))
+        assert lines.filter(at=1)["beats_null"].null_count() == lines.filter(at=1).height > 0
+        assert lines.filter(pl.col("at") > 1)["beats_null"].null_count() == 0
 
 
 def test_curves_hold_the_figures_of_their_frames():
@@ -95,6 +105,8 @@ def test_every_null_is_a_line():
         (curves.cosine, "cosine", "distance"),
         (curves.growth, "growth", "rows"),
         (curves.predictability, "predictability", "layer"),
+        (curves.survival, "survival", "distance"),
+        (curves.working_set, "working_set", "window"),
     ):
         frame = frames[name]
         rows = [r for r in frame.iter_rows(named=True) if (r["layer"] is None) != (name == "predictability")]
@@ -108,11 +120,40 @@ def test_every_null_is_a_line():
         assert lines["line"].n_unique() == len(nulls) + (2 if name == "growth" else 1)
 
 
+def test_every_null_across_recordings_is_a_line():
+    frame = replayed.seeds()
+    rows = [r for r in frame.iter_rows(named=True) if r["metric"] == "cosine" and not r["first"] and r["layer"]]
+    lines = curves.seeds(frame)
+    for word, between, column in (
+        (curves.SEEDS["traces"], "traces", "value"),
+        (curves.SEEDS["prompts"], "prompts", "value"),
+        *((f"{words} (null)", "prompts", f"null_{null}") for null, words in curves.WORDS["labels"].items()),
+    ):
+        drawn = dict(lines.filter(line=word).select("at", "value").rows())
+        assert drawn == {r["layer"]: r[column] for r in rows if r["between"] == between}, word
+
+
+def test_drift_and_confidence_hold_the_figures_of_their_frames():
+    frames = replayed.consistency().frames
+    want = {
+        (f"the {row['budget']} most wanted", row["distance"]): (row["value"], *naive_hardest(row, True))
+        for row in frames["drift"].iter_rows(named=True)
+        if (row["metric"], row["scope"], row["layer"]) == ("drift", "block", None)
+    }
+    found = curves.drift(frames["drift"]).select("series", "at", "value", "null", "null_name")
+    assert {row[:2]: row[2:] for row in found.rows()} == want
+    lines = curves.confidence(frames["confidence"])
+    for line, column in (("predictions that are not final", "value"), ("mean confidence", "confidence")):
+        drawn = lines.filter(line=line).select("at", "value").rows()
+        assert drawn == frames["confidence"].select("steps_before", column).rows()
+
+
 def test_charts_validate_and_are_bounded():
     result = replayed.consistency()
     made = {f"{name} {draw.__name__}": draw(gather(result.frames[name])) for name, gather, draw, _ in PANELS}
     made |= {draw.__name__: draw(replayed.interval()) for draw in charts_interval.ALL}
-    assert len(made) == 12
+    made["seeds"] = charts_consistency.seeds(curves.seeds(replayed.seeds()))
+    assert len(made) == 17
     for name, chart in made.items():
         spec = chart.to_dict(validate=True)
         assert 0 < sum(len(rows) for rows in spec["datasets"].values()) <= MAX_ROWS, name
@@ -193,8 +234,67 @@ def test_only_what_was_asked_for_is_drawn():
     assert "Overlap from step to step" in text and "Expert counts from step to step" not in text
 
 
-def test_the_interval_has_a_section_where_one_was_passed():
-    assert "interval" not in [a["id"] for t, a in page_of().tags if t == "section"]
+def test_a_table_holds_each_layer():
+    frames = replayed.consistency().frames
+    rows = sections_consistency._by_layer(replayed.consistency())
+    assert [row[0] for row in rows] == list(replayed.LAYERS)
+    jaccard = frames["overlap"].filter(metric="jaccard", state="all", distance=1)
+    for layer, value, null, *rest in rows:
+        found = jaccard.filter(layer=layer).row(0, named=True)
+        assert (value, null) == (found["value"], naive_hardest(found, False)[0])
+        unique = frames["unique"].filter(scope="block", state="all", layer=layer)
+        assert rest[2] == unique.filter(metric="unique_mean")["value"].item()
+        assert rest[4] == unique.filter(metric="unique_cv")["value"].item()
+        assert rest[5] == frames["balance"].filter(metric="gini", layer=layer)["value"].item()
+    assert sections_consistency._by_layer(ConsistencyResult({}, {}, {}, [])) == []
+
+
+def recordings(*decodings):
+    """Traces of one model recorded with different settings of decoding."""
+    return [
+        replace(
+            replayed.trace(f"run {n}", consistency=replayed.consistency(n)),
+            meta=replayed.meta(decoding={"loop": "llada2", **decoding}),
+        )
+        for n, decoding in enumerate(decodings)
+    ]
+
+
+def test_recordings_of_one_model_are_compared():
+    traces = recordings({"seed": 0}, {"seed": 1}, {"seed": 2})
+    reader = Reader(render(traces, []))
+    frame = across_seeds({trace.name: trace.consistency for trace in traces})
+    pooled = frame.filter(pl.col("layer").is_null() & pl.col("first").is_null(), metric="cosine")
+    whole, prompts = (pooled.filter(between=name).row(0, named=True) for name in ("traces", "prompts"))
+    hardest, name = naive_hardest(prompts, False)
+    for sentence in (
+        "3 recordings of test",
+        "They differ in seed (0, 1, 2).",
+        f"The popularity of a layer's experts agrees with a cosine of {whole['value']:.3f} (shuffled expert labels: "
+        f"{whole['null_shuffle']:.3f}).",
+        f"For the same prompt its cosine is {prompts['value']:.3f} ({curves.null_words('seeds', name)}: {hardest:.3f})"
+        + ("." if prompts["beats_null"] else ", which does not beat its null."),
+        "mean over pairs",
+        "run 0 and run 2",
+        "Popularity of experts across recordings",
+    ):
+        assert sentence in reader.text, sentence
+    assert "recordings of" not in Reader(render(traces[:1], [])).text
+    other = replace(traces[1], consistency=replayed.consistency(1, experts=16))
+    assert "recordings of" not in Reader(render([traces[0], other], [])).text
+    alike = Reader(render(recordings({}, {}), [])).text
+    assert "2 recordings of test" in alike and "They differ in" not in alike and "mean over pairs" not in alike
+
+
+def test_two_recordings_of_one_name_are_told_apart():
+    one, other = recordings({"seed": 0}, {"seed": 1})
+    assert "same and same (2)" in Reader(render([replace(one, name="same"), replace(other, name="same")], [])).text
+
+
+def test_the_interval_says_why_it_is_empty():
+    reader = page_of()
+    assert "interval" in [a["id"] for t, a in reader.tags if t == "section"]
+    assert "No refresh interval was computed for this report" in reader.text
     result = replayed.interval()
     reader = page_of(intervals=(result, replayed.interval(budget=8)))
     assert "interval" in [a["id"] for t, a in reader.tags if t == "section"]
@@ -222,7 +322,8 @@ def test_open_traces_are_analysed_unless_told_otherwise(tmp_path):
         path = write_report(tmp_path / f"{name}.html", [opened], **more)
         told[name] = Reader(path.read_text(encoding="utf-8")).text
     assert "Overlap from step to step" in told["computed"] and "No consistency analysis" in told["left"]
-    assert "Refresh interval" in told["both"] and "Refresh interval" not in told["computed"]
+    assert "A note on the interval." in told["both"]
+    assert "No refresh interval was computed" in told["computed"] and "No refresh interval" not in told["both"]
     with pytest.raises(UserError, match="consistency has 2 entries for 1 traces"):
         write_report(tmp_path / "more.html", [opened], consistency=[None, None])
     with pytest.raises(UserError, match="intervals has 1 entries for 0 traces"):

@@ -24,6 +24,17 @@ CHROMIUM = browser.find()
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(browser.NAMES)} is installed")
 
 
+OVERLAPPING = """[...document.querySelectorAll('.chart svg')].flatMap(svg => {
+    const boxes = [...svg.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
+    const shown = boxes.filter(([words, box]) => words && box.width);
+    return shown.flatMap(([words, a], i) => shown.slice(i + 1).filter(([, b]) =>
+        Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+        Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4
+    ).map(([other]) => [svg.getAttribute('aria-label'), words, other]));
+})"""
+"""Pairs of texts of one drawing that lie on each other. Boxes hold the room of accents: a few pixels of it may be shared."""
+
+
 class Reader(HTMLParser):
     """The page as a browser would take it apart: tags with attributes, text, and the content of scripts."""
 
@@ -223,6 +234,7 @@ def test_empty_inputs_say_why_a_panel_is_empty(name):
         "consistency",
         "policies",
         "residency",
+        "interval",
         "cost",
         "notes",
         "provenance",
@@ -295,11 +307,15 @@ def test_stored_traces_and_replays_are_summarised(tmp_path):
         "Overlap to the next step by layer",
         "How routing settles after acceptance",
         "Expert counts from step to step",
+        "Drift of the wanted set",
+        "How long an expert stays active",
+        "Working set of a window",
         "Unique experts against rows",
         "Overlap of neighbouring positions",
-        "Tokens accepted by each step",
-        "Confidence against the final token",
         "How far a layer foretells the next",
+        "Tokens accepted by each step",
+        "Confidence against later change",
+        "Confidence against the final token",
         "Unique experts by denoise step",
         "Unique experts by layer",
         "What fewer experts cost",
@@ -356,10 +372,33 @@ def test_a_browser_draws_every_chart_and_asks_for_nothing(window, written, width
         return box.width && (box.left < whole.left - 1 || box.right > whole.right + 1 || box.bottom > whole.bottom + 1);
     }).map(text => text.textContent)"""
     assert window.evaluate(outside) == []
+    assert window.evaluate(OVERLAPPING) == []
     cut = "[...document.querySelectorAll('#consistency svg text, #interval svg text')].map(t => t.textContent)"
     assert len(window.evaluate(cut)) > 100 and [words for words in window.evaluate(cut) if words.endswith("…")] == []
     ink = window.evaluate("getComputedStyle(document.querySelector('.chart svg .role-axis-label text')).fill")
     assert ink == ("rgb(228, 231, 235)" if dark else "rgb(27, 31, 36)")
+
+
+@needs_browser
+def test_a_browser_has_nothing_to_say_of_a_trace_with_little_in_it(window, tmp_path):
+    """One request: no intervals. One forward: next to nothing."""
+    path = tmp_path / "little.html"
+    for shape in ({"requests": 1}, {"requests": 1, "blocks": 1, "block_length": 1}):
+        trace = replayed.trace(consistency=replayed.consistency(3, **shape))
+        path.write_text(render([trace], []), encoding="utf-8")
+        window.complaints.clear()
+        window.open(path)
+        assert window.complaints == [], shape
+        assert window.evaluate("document.querySelectorAll('.broken').length") == 0
+        assert window.evaluate(OVERLAPPING) == []
+
+
+@needs_browser
+def test_texts_that_lie_on_each_other_are_found(window, written):
+    window.open(written)
+    window.evaluate("""document.querySelector('.chart svg').insertAdjacentHTML('beforeend',
+        '<text x="50" y="50">one text</text><text x="60" y="52">another</text><text x="50" y="90">apart</text>')""")
+    assert [["one text", "another"]] == [pair[1:] for pair in window.evaluate(OVERLAPPING) if "one text" in pair]
 
 
 @needs_browser

@@ -1,0 +1,133 @@
+"""What the report says of several recordings of one model: where they differ, and whether their experts' popularity agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from analysis import charts_consistency, curves
+from analysis.metrics import across_seeds
+from analysis.page import Column, Page, bullets, heading, paragraph, plain, table
+from analysis.summary import TraceSummary
+
+ROWS = 40
+"""Pairs of recordings a table lists; the mean over all pairs always stands first."""
+PROMPTS = (
+    "The same prompt is one that has the same number, dataset, length and, where it was kept, text in both recordings. Its "
+    "nulls are the hardest of: another prompt, the popularity over other prompts, shuffled expert labels."
+)
+COLUMNS = (
+    Column("recordings"),
+    Column("compared", meaning="whole recordings, or each prompt with itself"),
+    Column("cosine", "three", "of the loads of a layer's experts, mean over layers"),
+    Column("null", "three", "the null hardest to beat"),
+    Column("beaten", meaning="whether the whole interval lies above every null"),
+    Column("95% interval", meaning="bootstrap over prompts"),
+    Column("which null", meaning="what the null is"),
+    Column("rank correlation", "three", "Spearman's, of the loads"),
+    Column("busiest quarter shared", "percent", "experts that are in the busiest quarter of both"),
+    Column("prompts", "count", "compared with themselves"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recordings:
+    """Traces of one model by name, and what :func:`analysis.metrics.across_seeds` says of them."""
+
+    model: str
+    traces: Mapping[str, TraceSummary]
+    frame: pl.DataFrame
+
+    @property
+    def title(self) -> str:
+        """What to call them."""
+        return f"{len(self.traces)} recordings of {self.model}"
+
+    @property
+    def differing(self) -> dict[str, list[str]]:
+        """Settings of decoding in which they differ: each one's value, in order."""
+        told = [trace.meta.get("decoding") or {} for trace in self.traces.values()]
+        keys = sorted({key for decoding in told for key in decoding})
+        values = {key: [plain(decoding.get(key)) for decoding in told] for key in keys}
+        return {key: found for key, found in values.items() if len(set(found)) > 1}
+
+    def row(self, between: str) -> dict[str, Any] | None:
+        """The cosine of all layers, mean over pairs, with ``null`` and ``null_name`` of the hardest null."""
+        wanted = (pl.col("metric") == "cosine") & pl.col("layer").is_null() & pl.col("first").is_null()
+        found = curves.hardest(self.frame.filter(wanted & (pl.col("between") == between)))
+        return found.row(0, named=True) if found.height else None
+
+
+def gather(traces: Sequence[TraceSummary]) -> list[Recordings]:
+    """Traces of one model, where there are several of it that were analysed."""
+    groups: dict[Any, dict[str, TraceSummary]] = {}
+    for trace in traces:
+        held = trace.consistency.popularity if trace.consistency is not None else None
+        if held is not None:
+            group = groups.setdefault((held.model, held.layers, held.load.shape[2], held.scope), {})
+            again = sum(other.name == trace.name for other in group.values())
+            group[f"{trace.name} ({again + 1})" if again else trace.name] = trace
+    made = []
+    for key, group in groups.items():
+        if len(group) > 1:
+            results = {name: trace.consistency for name, trace in group.items() if trace.consistency is not None}
+            made.append(Recordings(key[0], group, across_seeds(results)))
+    return made
+
+
+def findings(recordings: Recordings) -> list[str]:
+    """How well popularity agrees, in sentences."""
+    sentences = []
+    if recordings.differing:
+        told = [f"{name} ({', '.join(values)})" for name, values in recordings.differing.items()]
+        sentences.append(f"They differ in {' and '.join(told)}.")
+    whole, prompts = recordings.row("traces"), recordings.row("prompts")
+    if whole is not None:
+        null = curves.null_words("seeds", whole["null_name"])
+        sentences.append(
+            f"The popularity of a layer's experts agrees with a cosine of {whole['value']:.3f} ({null}: {whole['null']:.3f})."
+        )
+    if prompts is not None:
+        null = curves.null_words("seeds", prompts["null_name"])
+        sentences.append(
+            f"For the same prompt its cosine is {prompts['value']:.3f} ({null}: {prompts['null']:.3f})"
+            + (", which does not beat its null." if prompts["beats_null"] is False else ".")
+        )
+    return sentences
+
+
+def panel(out: Page, recordings: Recordings) -> list[str]:
+    """A heading, the sentences, the table of pairs and a chart by layer."""
+    rows = [row for between in curves.SEEDS for row in _rows(recordings.frame, between)]
+    parts = [heading(recordings.title), bullets(findings(recordings))]
+    if not rows:
+        return [*parts, paragraph("No layer is used in two of these recordings, so nothing can be compared.", "empty")]
+    more = f" The first {ROWS} of {len(rows)} rows are listed." if len(rows) > ROWS else ""
+    parts += [table(COLUMNS, rows[:ROWS]), paragraph(PROMPTS + more, "note")]
+    lines = curves.seeds(recordings.frame)
+    return [*parts, out.chart(charts_consistency.seeds(lines), curves.unbeaten(lines, "layer"))]
+
+
+def _rows(frame: pl.DataFrame, between: str) -> list[list[Any]]:
+    """The mean over pairs, where there are several, and each pair."""
+    found = curves.hardest(frame.filter((pl.col("between") == between) & pl.col("layer").is_null()))
+    rows: dict[Any, dict[str, dict[str, Any]]] = {}
+    for row in found.iter_rows(named=True):
+        rows.setdefault((row["first"], row["second"]), {})[row["metric"]] = row
+    mean = rows.pop((None, None), {})
+    pairs = [(f"{first} and {second}", figures) for (first, second), figures in rows.items()]
+    told = [("mean over pairs", mean), *pairs] if len(pairs) > 1 else pairs
+    return [_row(name, between, figures) for name, figures in told if "cosine" in figures]
+
+
+def _row(name: str, between: str, figures: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    row = figures["cosine"]
+    beaten = {True: "yes", False: "no", None: None}[row["beats_null"]]
+    interval = f"{row['low']:,.3f} to {row['high']:,.3f}" if row["low"] is not None else None
+    null = curves.null_words("seeds", row["null_name"]) if row["null_name"] else None
+    others = [figures.get(metric, {}).get("value") for metric in ("rank_correlation", "top_overlap")]
+    prompts = row["n"] if between == "prompts" else None
+    return [name, curves.SEEDS[between], row["value"], row["null"], beaten, interval, null, *others, prompts]
