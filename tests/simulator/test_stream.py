@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from simulator.policy import Selection
 from simulator.registry import load_policy
+from simulator.streams import touches
 from simulator.streams.stream import block_unique, build_stream, merge_streams
 from simulator.streams.touches import sorting_network
 from tests.simulator.traces import geometry, naive_cell, random_layer, random_trace
@@ -58,7 +59,7 @@ def test_streams_equal_the_naive_definition(seed, num_experts, top_k, form):
 
 @given(
     seed=st.integers(0, 10**6),
-    top_k=st.integers(1, 13),
+    top_k=st.one_of(st.integers(1, 13), st.just(8)),
     rows=st.lists(st.integers(0, 70), min_size=1, max_size=4),
     dtype=st.sampled_from([np.float16, np.float32]),
     short=st.booleans(),
@@ -124,6 +125,14 @@ def test_the_sorting_network_sorts_all_zeros_and_ones(width):
         assert upper < lower
         numbers[:, [upper, lower]] = np.sort(numbers[:, [upper, lower]], axis=1)
     assert (np.diff(numbers, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.uint64])
+def test_rows_of_eight_are_sorted_whatever_they_hold(dtype):
+    numbers = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(dtype)
+    keys = numbers.reshape(-1).copy()
+    touches._sort_rows_of_eight(keys, np.uint64(256))
+    assert keys.reshape(-1, 8).tolist() == np.sort(numbers, axis=1).tolist()
 
 
 def test_one_row_of_many_experts_is_ordered_by_weight_then_id():
