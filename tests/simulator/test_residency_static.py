@@ -12,8 +12,8 @@ from simulator.replay import replay
 from simulator.streams.gather import geometry_of
 from tests.simulator.traces import geometry, random_trace
 from tests.tracer.recorded import record
+from tracer import parquet
 from tracer.errors import UserError
-from tracer.files import reader
 from tracer.parquet import TraceWriter, open_trace
 
 LAYERS = (1, 2)
@@ -47,7 +47,7 @@ def test_popularity_of_another_trace_equals_lists_and_loops(seed, budget, segmen
     residents = {layer: naive_residents(other, layer, budget) for layer in LAYERS}
     policy = load_policy("residency", f"static:budget={budget},fit_on=other.trace")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "open_trace", {"other.trace": other}.get)
+        patch.setattr(parquet, "open_trace", {"other.trace": other}.get)
         for at, layer in enumerate(LAYERS):
             assert set(np.flatnonzero(policy.start(geometry_of(replayed), at)).tolist()) == residents[layer]
         run = replay(replayed, residency=[policy]).runs[0]
