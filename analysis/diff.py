@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.aggregate import RECORDED, TIMES, hardware_of, labels, policy_of
-from analysis.metrics import consistency
-from analysis.metrics.settings import Settings
+from analysis.findings_consistency import agreement_sentences
+from analysis.metrics import ConsistencyResult, Settings, consistency
+from analysis.metrics.seeds import across
 from analysis.summary import ReplaySummary, read_replay
 from tracer.errors import UserError
 
@@ -127,7 +128,17 @@ def _traces(one: Any, other: Any, name: str, other_name: str) -> tuple[list[dict
         for who, result in ((name, results[0]), (other_name, results[1]))
         for frame, why in result.reasons.items()
     ]
-    return rows, ["Overlap depends on how many tokens a step accepts; compare that figure first.", *notes]
+    notes = ["Overlap depends on how many tokens a step accepts; compare that figure first.", *notes]
+    return rows, [*_popularity({name: results[0], other_name: results[1]}, settings), *notes]
+
+
+def _popularity(results: Mapping[str, ConsistencyResult], settings: Settings) -> list[str]:
+    """Whether the experts' popularity agrees, in sentences; none where the two are not of one model."""
+    held = [result.popularity for result in results.values()]
+    if None in held or len({(one.model, one.layers, one.load.shape[2], one.scope) for one in held if one}) > 1:
+        return []
+    frame = across(dict(zip(results, [one for one in held if one], strict=True)), settings)
+    return agreement_sentences(frame)
 
 
 def _replays(

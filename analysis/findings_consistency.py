@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from analysis.curves import null_words
+from analysis.curves import hardest, null_words
 from analysis.metrics.result import ConsistencyResult
 
 STEP, FAR = "same position, next step: Jaccard", "same position, farthest step: Jaccard"
@@ -64,6 +64,24 @@ def _formula(result: ConsistencyResult) -> str:
     times = last["null_uniform"] / last["value"]
     said = f"{last['null_uniform']:.1f} for {last['rows']} rows, {times:.2f} times as many"
     return f"; the formula of independent routing says {said}"
+
+
+def agreement_sentences(seeds: pl.DataFrame) -> list[str]:
+    """How well expert popularity agrees across recordings, as :func:`analysis.metrics.across_seeds` measured it."""
+    cosine = (pl.col("metric") == "cosine") & pl.col("layer").is_null() & pl.col("first").is_null()
+    found = {row["between"]: row for row in hardest(seeds.filter(cosine)).iter_rows(named=True)}
+    words = {
+        "traces": "The popularity of a layer's experts agrees with a cosine of",
+        "prompts": "For the same prompt its cosine is",
+    }
+    sentences = []
+    for between, start in words.items():
+        if between in found:
+            row = found[between]
+            told = "" if row["null"] is None else f" ({null_words('seeds', row['null_name'])}: {row['null']:.3f})"
+            lost = ", which does not beat its null" if row["beats_null"] is False else ""
+            sentences.append(f"{start} {row['value']:.3f}{told}{lost}.")
+    return sentences
 
 
 def unbeaten_findings(result: ConsistencyResult) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from analysis import charts_consistency, curves
+from analysis.findings_consistency import agreement_sentences
 from analysis.metrics import across_seeds
 from analysis.page import Column, Page, bullets, heading, paragraph, plain, table
 from analysis.summary import TraceSummary
@@ -54,12 +55,6 @@ class Recordings:
         values = {key: [plain(decoding.get(key)) for decoding in told] for key in keys}
         return {key: found for key, found in values.items() if len(set(found)) > 1}
 
-    def row(self, between: str) -> dict[str, Any] | None:
-        """The cosine of all layers, mean over pairs, with ``null`` and ``null_name`` of the hardest null."""
-        wanted = (pl.col("metric") == "cosine") & pl.col("layer").is_null() & pl.col("first").is_null()
-        found = curves.hardest(self.frame.filter(wanted & (pl.col("between") == between)))
-        return found.row(0, named=True) if found.height else None
-
 
 def gather(traces: Sequence[TraceSummary]) -> list[Recordings]:
     """Traces of one model, where there are several of it that were analysed."""
@@ -84,19 +79,7 @@ def findings(recordings: Recordings) -> list[str]:
     if recordings.differing:
         told = [f"{name} ({', '.join(values)})" for name, values in recordings.differing.items()]
         sentences.append(f"They differ in {' and '.join(told)}.")
-    whole, prompts = recordings.row("traces"), recordings.row("prompts")
-    if whole is not None:
-        null = curves.null_words("seeds", whole["null_name"])
-        sentences.append(
-            f"The popularity of a layer's experts agrees with a cosine of {whole['value']:.3f} ({null}: {whole['null']:.3f})."
-        )
-    if prompts is not None:
-        null = curves.null_words("seeds", prompts["null_name"])
-        sentences.append(
-            f"For the same prompt its cosine is {prompts['value']:.3f} ({null}: {prompts['null']:.3f})"
-            + (", which does not beat its null." if prompts["beats_null"] is False else ".")
-        )
-    return sentences
+    return sentences + agreement_sentences(recordings.frame)
 
 
 def panel(out: Page, recordings: Recordings) -> list[str]:

@@ -215,20 +215,26 @@ def replay(forward_table, seed=1, **more):
     return ReplaySummary(document=made, cells=cells(np.random.default_rng(seed), forward_table, made))
 
 
-def stored(path, seed=0):
-    """A segment made by the builders, and the trace it was written to, opened."""
-    segment, first_block = block_run(np.random.default_rng(seed), requests=2)
+def stored(path, seed=0, forwards_kept=None, tokens_kept=True, confident=True, routed=True, **shape):
+    """A segment made by the builders, and the trace it was written to, opened.
+
+    ``forwards_kept``: how many of its model calls are written; ``tokens_kept``, ``confident``, ``routed``: whether the trace
+    has a tokens table, confidences and routed rows. ``shape`` goes to the builder.
+    """
+    segment, first_block = block_run(np.random.default_rng(seed), **{"requests": 2, **shape})
     forwards, tokens = segment.forwards, segment.tokens
     layers = {layer: segment.layer(layer, True) for layer in segment.layers}
     described = {**meta("made"), "capture_level": "scores"}
     described["model"] |= {"num_layers": 3, "moe_layers": list(layers), "num_experts": 9, "top_k": 2}
     described["model"] |= {"moe_intermediate_size": 64, "num_shared_experts": 0, "dense_bytes": 1 << 20}
     described["router"] = {"score_function": "softmax", "norm_topk_prob": True}
-    described["decoding"]["block_length"] = 4
+    described["decoding"]["block_length"] = shape.get("block_length", 4)
+    if not tokens_kept:
+        described["tables"] = ["requests", "forwards", "routing"]
     for key in ("schema_version", "created", "complete"):
         del described[key]
     with TraceWriter(path, described) as writer:
-        for f in range(forwards.num_forwards):
+        for f in range(forwards.num_forwards if forwards_kept is None else forwards_kept):
             rows = slice(*forwards.row_offsets[f : f + 2])
             names = (
                 "request_id",
@@ -242,18 +248,22 @@ def stored(path, seed=0):
             )
             part = {name: int(getattr(forwards, name)[f]) for name in names} | {"kind": KINDS[forwards.kind[f]]}
             columns = ("position", "token_id", "state", "predicted_id", "confidence", "accepted")
+            told = {name: getattr(tokens, name)[rows] for name in columns}
+            if not confident:
+                told |= {"confidence": np.full_like(told["confidence"], np.nan)}
+                told |= {"predicted_id": np.full_like(told["predicted_id"], -1)}
             routing = {
                 layer: {
                     "expert_ids": table.expert_ids[rows],
                     "gate_weights": table.gate_weights[rows],
                     "router_scores": table.router_scores[rows],
                     "score_experts": None,
-                    "routed": None,
+                    "routed": None if routed else np.zeros(rows.stop - rows.start, bool),
                 }
                 for layer, table in layers.items()
             }
-            writer.add_call([part], {name: getattr(tokens, name)[rows] for name in columns}, routing)
-        for request, block in first_block.items():
+            writer.add_call([part], told if tokens_kept else None, routing)
+        for request, block in first_block.items() if forwards_kept is None else ():
             writer.add_request(
                 {
                     "request_id": request,

@@ -271,7 +271,7 @@ def test_recordings_of_one_model_are_compared():
         "3 recordings of test",
         "They differ in seed (0, 1, 2).",
         f"The popularity of a layer's experts agrees with a cosine of {whole['value']:.3f} (shuffled expert labels: "
-        f"{whole['null_shuffle']:.3f}).",
+        f"{whole['null_shuffle']:.3f})" + ("." if whole["beats_null"] else ", which does not beat its null."),
         f"For the same prompt its cosine is {prompts['value']:.3f} ({curves.null_words('seeds', name)}: {hardest:.3f})"
         + ("." if prompts["beats_null"] else ", which does not beat its null."),
         "mean over pairs",

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import json
 
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.diff import diff, difference
-from analysis.metrics import Settings, consistency
+from analysis.metrics import Settings, across_seeds, consistency
 from analysis.summary import ReplaySummary
 from simulator.replay import replay
 from tests.analysis import replayed
 from tracer.errors import UserError
 from tracer.parquet import open_trace
+from tracer.synthetic import synthesize
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
@@ -85,6 +87,19 @@ def test_traces_are_compared_in_facts_and_figures(folders):
     assert found.sentence().startswith(
         f"3.trace and 4.trace differ in {len(found.differing)} of {len(found.rows)} values"
     )
+
+
+def test_popularity_is_compared_between_recordings_of_one_model(folders, tmp_path):
+    (first, _), (second, _) = folders
+    pooled = across_seeds({"a": open_trace(first), "b": open_trace(second)}, replicates=200)
+    pooled = pooled.filter(pl.col("layer").is_null() & pl.col("first").is_null(), metric="cosine")
+    whole, prompts = (pooled.filter(between=name).row(0, named=True) for name in ("traces", "prompts"))
+    notes = diff(first, second).notes
+    assert notes[0].startswith(f"The popularity of a layer's experts agrees with a cosine of {whole['value']:.3f} (")
+    assert notes[1].startswith(f"For the same prompt its cosine is {prompts['value']:.3f} (")
+    assert f": {max(prompts[f'null_{null}'] for null in ('hot', 'independent', 'shuffle')):.3f})" in notes[1]
+    other = synthesize(tmp_path / "other.trace", num_experts=8, n_group=1, topk_group=1, top_k=2, layers=2, blocks=1)
+    assert not [note for note in diff(first, other).notes if "opularity" in note]
 
 
 def test_a_trace_agrees_with_itself(folders):
