@@ -19,6 +19,7 @@ from simulator.result import Run
 from simulator.tallies.working_set import WINDOWS
 from tracer.errors import UserError
 from tracer.files.parts import part_path
+from tracer.parquet import open_trace
 from tracer.schema import KINDS
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _text(value: Any) -> str:
 def fingerprint(identity: str, policies: Sequence[Any], hardware: str | None, trace: Trace) -> str:
     """A hash of everything a run's figures follow from: trace, policies, machine, and this package's version.
 
-    Of the user's own policies the file counts too, so that an edited one is run again.
+    Of the user's own policies the file counts too, and of a trace to fit on its content, so that edited ones are run again.
     """
     try:
         package = version("moetrace")
@@ -84,6 +85,8 @@ def fingerprint(identity: str, policies: Sequence[Any], hardware: str | None, tr
         source = getattr(module, "__file__", None)
         if source is not None and not module.__name__.startswith("simulator."):
             told.append(hashlib.sha256(Path(source).read_bytes()).hexdigest())
+        if getattr(policy, "fit_on", None) is not None:
+            told.append(trace_identity(open_trace(policy.fit_on)))
     if hardware is not None:
         told.append(_plain(priced_on(hardware, trace.meta.model)))
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]

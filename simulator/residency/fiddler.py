@@ -89,4 +89,4 @@ class Fiddler(Budgeted):
         return Placement(hit, hit | copied, moved, moved, np.zeros_like(moved), held), state
 
     def _static(self) -> Static:
-        return Static(self.budget, self.budget_bytes, self.vram_gib)
+        return Static(self.budget, self.budget_bytes, self.vram_gib, self.split)

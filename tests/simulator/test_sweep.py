@@ -166,6 +166,16 @@ def test_an_edited_policy_file_is_run_again(trace, tmp_path):
     assert pl.read_parquet(out).height == 3
 
 
+def test_another_trace_to_fit_on_is_noticed_under_its_old_name(trace, tmp_path):
+    path, out = tmp_path / "fit.trace", tmp_path / "r.parquet"
+    stored(path)
+    spec = [f"static:budget=2,fit_on={path}"]
+    assert [sweep(trace, residency=spec, out=out).computed for _ in range(2)] == [1, 0]
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | {"complete": False}))
+    assert sweep(trace, residency=spec, out=out).computed == 1
+
+
 def test_a_policy_that_decides_by_the_machine_is_another_on_each(trace, tmp_path):
     result = sweep(trace, residency=["fiddler:budget=2"], hardware=MACHINES, out=tmp_path / "r.parquet")
     alone = [replay(trace, residency=["fiddler:budget=2"], hardware=m).runs[0] for m in MACHINES]
