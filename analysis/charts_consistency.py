@@ -185,7 +185,8 @@ def _beside(lines: pl.DataFrame, title: str, subtitle: str, x: str, y: alt.Y) ->
     colours = [theme.GREY if null else next(measured) for null in nulls]
     dashes = [list(next(greys)) if null else [1, 0] for null in nulls]
     colour, shape = _named("line", None, names, colours)
-    dash = alt.StrokeDash("line:N", sort=None, title=None).scale(domain=names, range=dashes)
+    # In the legend the symbols' outlines would be dashed too, and hard to tell apart.
+    dash = alt.StrokeDash("line:N", sort=None, legend=None).scale(domain=names, range=dashes)
     base = alt.Chart(bounded(lines, title)).encode(
         x=alt.X("at:Q", title=x, axis=whole_numbers(lines, "at")).scale(zero=False, nice=False, padding=8),
         tooltip=[alt.Tooltip("line:N"), alt.Tooltip("at:Q", title=x), *_figures("value")],

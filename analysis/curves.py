@@ -35,7 +35,7 @@ WORDS: dict[str, dict[str, str]] = {
         "shuffle": "the guess for a stranger",
     },
     "labels": {
-        "hot": "its popularity over other prompts",
+        "hot": "the popularity over other prompts",
         "independent": "another prompt",
         "shuffle": "shuffled expert labels",
     },

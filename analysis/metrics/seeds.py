@@ -49,7 +49,8 @@ def across(recordings: Mapping[str, Popularity], settings: Settings) -> pl.DataF
     ``between`` traces: their loads over all prompts. Null: expert labels permuted, by formula. ``between`` prompts: the
     mean over the prompts both hold, each against itself. Nulls: permuted labels (shuffle); another prompt of the other
     recording (independent); the other recording's popularity over all its other prompts (hot). Prompts are matched
-    while each is a bootstrap unit of its own. Recordings of the same prompts are resampled together.
+    while each is a bootstrap unit of its own. Recordings of the same prompts are resampled together. n: pairs of
+    recordings, or prompts.
 
     Raises
     ------
@@ -93,7 +94,8 @@ def _whole(
     total = np.stack([ordered_sum(one.load, 0) for one in held])
     found = [measures(total[:, layer], size) for layer in layers]
     value, null = (_means(np.stack([f[part][:, first, second] for f in found], axis=-1)) for part in (0, 1))
-    columns = {"value": value, "null_shuffle": null, "n": np.isfinite(value).astype(np.int64)}
+    known = np.isfinite(value[:, :-1]).astype(np.int64)
+    columns = {"value": value, "null_shuffle": null, "n": np.concatenate([known, known.sum(axis=1)[:, None]], axis=1)}
     columns |= dict.fromkeys(("null_hot", "null_independent", "low", "high"), np.full(value.shape, np.nan))
     if min(len(one.load) for one in held) > 1:
         weights = [_weights(held, place, settings) for place in range(len(held))]

@@ -85,10 +85,8 @@ def naive_seeds(recordings):
                 rows[a, b, None] = (*(mean(row[k] for row in mine) for k in range(4)), max(row[4] for row in mine))
             for layer in (*layers, None):
                 mine = [rows[a, b, layer] for a, b in pairs]
-                rows[None, None, layer] = (
-                    *(mean(row[k] for row in mine) for k in range(4)),
-                    max(row[4] for row in mine),
-                )
+                n = (sum if between == "traces" else max)(row[4] for row in mine)
+                rows[None, None, layer] = (*(mean(row[k] for row in mine) for k in range(4)), n)
             out |= {(metric, between, *key): row for key, row in rows.items() if row[4]}
     return out
 
