@@ -22,8 +22,6 @@ SIMULATED = (
 )
 SPLIT = "The budget is shared out by the loads of the replayed run, which a server cannot know beforehand."
 INTERVAL = "unique_experts_ci95 is a normal approximation over requests."
-PUBLISHED = {"dmoe": "dMoE is published fine-tuned with its routing; this is its training-free behaviour."}
-"""How a routing policy of the package was published where that differs from what a replay of it shows, by name."""
 
 
 def make_runs(
@@ -60,8 +58,6 @@ def make_runs(
         for p, residency in enumerate(plan.residencies):
             tally = placed[r, p]
             notes = [SIMULATED if simulated[a] else OPEN_LOOP if estimate else EXACT, *trajectory_notes[a]]
-            if named["routing"]["name"] in PUBLISHED:
-                notes.append(PUBLISHED[named["routing"]["name"]])
             for policy in (routing, residency):
                 notes += getattr(policy, "notes", ())
             notes += [SPLIT] if getattr(residency, "split", None) else []

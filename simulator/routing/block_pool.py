@@ -72,6 +72,9 @@ class BlockPool:
     block_length: int = 0
     restrict_prefix: bool = True
     requires: ClassVar[frozenset[str]] = frozenset({SCORES})
+    notes: ClassVar[tuple[str, ...]] = (
+        "Block pool is published for a model trained with it; on another's trace it is shown without that training.",
+    )
 
     def __post_init__(self) -> None:
         if self.coreset_size < 1:

@@ -193,6 +193,9 @@ class Dmoe:
     block_length: int = 0
     restrict_prefix: bool = True
     requires: ClassVar[frozenset[str]] = frozenset({ACTIVE})
+    notes: ClassVar[tuple[str, ...]] = (
+        "dMoE is published fine-tuned with its routing; this is its training-free behaviour.",
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.top_p <= 1:

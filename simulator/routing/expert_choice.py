@@ -95,6 +95,9 @@ class ExpertChoice:
     block_length: int = 0
     restrict_prefix: bool = True
     requires: ClassVar[frozenset[str]] = frozenset({SCORES})
+    notes: ClassVar[tuple[str, ...]] = (
+        "Expert choice is published for models trained with it; this is its behaviour without that training.",
+    )
 
     def __post_init__(self) -> None:
         check_block_length("expert_choice", self.block_length)
