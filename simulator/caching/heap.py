@@ -42,10 +42,11 @@ class Rule(NamedTuple):
 
 def empty(keys: int) -> Ranked:
     """A cache that holds nothing yet."""
-    priority, uses, waiting = (np.zeros(keys, np.int64) for _ in range(3))
-    inside, queued, waits = (np.zeros(keys, bool) for _ in range(3))
-    heap = np.zeros(4 * keys, np.int64)
-    return Ranked(priority, uses, inside, queued, heap, heap.copy(), waits, waiting, np.zeros(4, np.int64))
+    # Few arrays cut up: small caches are many, one a layer and budget.
+    priority, uses, waiting = np.zeros((3, keys), np.int64)
+    inside, queued, waits = np.zeros((3, keys), bool)
+    heap_priority, heap_key = np.zeros((2, 4 * keys), np.int64)
+    return Ranked(priority, uses, inside, queued, heap_priority, heap_key, waits, waiting, np.zeros(4, np.int64))
 
 
 @njit
