@@ -536,7 +536,7 @@ def parallel(
 
     Example: moetrace parallel first.trace --gpus 4 --gpus 8 --routing vanilla --routing dmoe
     """
-    from analysis.terminal import frame_table, show
+    from analysis.terminal import parallel_table, show
     from simulator.expert_placement import PLACEMENTS
     from simulator.parallel import parallel_runs
     from tracer.parquet import open_trace
@@ -547,8 +547,7 @@ def parallel(
         _print_json({"runs": runs})
         return
     if not quiet:
-        columns = ("gpus", "placement", "imbalance", "busy", "mean_bytes", "max_bytes")
-        show(frame_table(("routing", *columns), ([r["routing"]["name"], *(r[c] for c in columns)] for r in runs)))
+        show(parallel_table(runs))
     typer.echo(f"{len(runs)} groups; imbalance = tokens of the fullest GPU / mean, per denoise forward and layer")
 
 

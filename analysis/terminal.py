@@ -91,6 +91,27 @@ def headline_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
+def parallel_table(runs: Iterable[Mapping[str, Any]]) -> Table:
+    """Loads of expert-parallel groups, one row a group; megabytes of weights read a forward and layer."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("routing")
+    table.add_column("GPUs", justify="right")
+    table.add_column("placement")
+    for name in ("imbalance", "busy", "MB a GPU", "MB the fullest"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        megabytes = (None if run[key] is None else run[key] / 1e6 for key in ("mean_bytes", "max_bytes"))
+        table.add_row(
+            run["routing"]["name"],
+            str(run["gpus"]),
+            run["placement"],
+            figure(run["imbalance"], 2),
+            percent(run["busy"]),
+            *(figure(one, 2) for one in megabytes),
+        )
+    return table
+
+
 def frame_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """Any small table; numbers to the right."""
     table = Table(box=None, pad_edge=False)
