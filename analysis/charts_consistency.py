@@ -185,7 +185,6 @@ def _beside(lines: pl.DataFrame, title: str, subtitle: str, x: str, y: alt.Y) ->
     colours = [theme.GREY if null else next(measured) for null in nulls]
     dashes = [list(next(greys)) if null else [1, 0] for null in nulls]
     colour, shape = _named("line", None, names, colours)
-    # In the legend the symbols' outlines would be dashed too, and hard to tell apart.
     dash = alt.StrokeDash("line:N", sort=None, legend=None).scale(domain=names, range=dashes)
     base = alt.Chart(bounded(lines, title)).encode(
         x=alt.X("at:Q", title=x, axis=whole_numbers(lines, "at")).scale(zero=False, nice=False, padding=8),
@@ -194,7 +193,11 @@ def _beside(lines: pl.DataFrame, title: str, subtitle: str, x: str, y: alt.Y) ->
     drawn = base.encode(y=y, color=colour)
     bands = _bands(base, "line", [name for name, null in zip(names, nulls, strict=True) if not null], colours)
     points = drawn.mark_point(filled=True).encode(shape=shape)
-    return finish(alt.layer(*bands, drawn.mark_line().encode(strokeDash=dash), points), title, subtitle)
+    # On its own, or the outlines of the legend's symbols would be dashed too and hide their shapes.
+    layers = alt.layer(*bands, drawn.mark_line().encode(strokeDash=dash), points).resolve_legend(
+        strokeDash="independent"
+    )
+    return finish(layers, title, subtitle)
 
 
 def _named(field: str, title: str | None, names: Sequence[str], colours: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
