@@ -30,8 +30,11 @@
     try {
       const { view } = await vegaEmbed(place, spec, options(spec, width));
       drawn.set(place, { width, view });
-      place.querySelector("svg")?.setAttribute("role", "img");
-      place.querySelector("svg")?.setAttribute("aria-label", spec.description ?? "chart");
+      const svg = place.querySelector("svg");
+      svg.setAttribute("role", "img");
+      svg.setAttribute("aria-label", spec.description ?? "chart");
+      // On paper, long charts of bars are not squeezed into half a page.
+      place.classList.toggle("tall", svg.viewBox.baseVal.height > 408);
     } catch (error) {
       place.textContent = "This chart could not be drawn: " + error.message;
       place.classList.add("broken");

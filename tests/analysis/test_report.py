@@ -15,6 +15,7 @@ from analysis.aggregate import MAX_ROWS
 from analysis.metrics import consistency
 from analysis.report import match, render, write_report
 from analysis.summary import ReplaySummary, read_replay, summarise_trace
+from simulator.interval import find_interval
 from simulator.replay import replay
 from tests.analysis import browser, replayed
 from tracer.errors import UserError
@@ -325,6 +326,26 @@ def test_stored_traces_and_replays_are_summarised(tmp_path):
     ]
 
 
+def test_intervals_are_found_for_the_replays_under_tide(tmp_path):
+    _, opened = replayed.stored(tmp_path / "small.trace", seed=3)
+    residencies = ["all_resident", *(f"tide:budget={b},refresh_interval={i}" for b in (3, 4, 5) for i in (1, 2))]
+    results = [replay(opened, ["vanilla"], residencies, hardware=machine) for machine in ("h100-pcie5", None)]
+    for result, budgets in zip(results, ((3, 4), ())):
+        path = write_report(tmp_path / "report.html", [opened], [result], force=True)
+        text = Reader(path.read_text(encoding="utf-8")).text
+        for budget in (3, 4, 5):
+            assert (f"small: {budget} experts a layer on h100-pcie5" in text) == (budget in budgets)
+        for budget in budgets:
+            found = find_interval(opened, budget, "h100-pcie5")
+            assert (
+                f"chooses an interval of {found.program}; of the intervals replayed, {found.best} is the fastest"
+                in text
+            )
+        assert ("No refresh interval was computed" in text) == (not budgets)
+    path = write_report(tmp_path / "none.html", [opened], [results[0]], intervals=())
+    assert "No refresh interval was computed" in path.read_text(encoding="utf-8")
+
+
 def test_a_folder_that_is_no_replay_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"holds no replay\.json"):
         read_replay(tmp_path)
@@ -377,6 +398,24 @@ def test_a_browser_draws_every_chart_and_asks_for_nothing(window, written, width
     assert len(window.evaluate(cut)) > 100 and [words for words in window.evaluate(cut) if words.endswith("…")] == []
     ink = window.evaluate("getComputedStyle(document.querySelector('.chart svg .role-axis-label text')).fill")
     assert ink == ("rgb(228, 231, 235)" if dark else "rgb(27, 31, 36)")
+
+
+@needs_browser
+def test_charts_are_readable_on_paper(window, written):
+    """A landscape page of A4 or Letter is about 970 px wide inside its margins, and 690 px high: two rows of charts."""
+    window.open(written, 970, media="print")
+    assert window.evaluate("document.documentElement.scrollWidth") == 970
+    sizes = window.evaluate("""[...document.querySelectorAll('.chart svg')].map(svg => {
+        const box = svg.getBoundingClientRect(), shrunk = box.width / svg.viewBox.baseVal.width;
+        return [box.height, 12 * shrunk, box.right - svg.parentElement.getBoundingClientRect().right];
+    })""")
+    assert len(sizes) == len(specs_of(Reader(written.read_text(encoding="utf-8"))))
+    assert sum(height < 690 / 2 for height, _, _ in sizes) > 0.9 * len(sizes)
+    assert max(height for height, _, _ in sizes) < 690
+    # 8 px are 6 points.
+    assert min(letters for _, letters, _ in sizes) >= 8
+    assert max(over for _, _, over in sizes) < 1
+    assert window.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
 @needs_browser
