@@ -278,12 +278,32 @@ def test_a_replay_without_cells_keeps_everything_else(tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_nothing(threads):
+def test_threads_change_nothing(threads, monkeypatch):
     trace = random_trace(8, segments=2, num_layers=5)
-    several, one = (replay(trace, residency=[*RESIDENCIES], threads=n) for n in (threads, None))
+    specs = [*RESIDENCIES, "belady:budget=2", "belady:scope=global,budget=2"]
+    one = replay(trace, residency=specs)
+    monkeypatch.setattr("simulator.replay.SIDE_BY_SIDE", 0)
+    several = replay(trace, residency=specs, threads=threads)
     assert several.to_json() == one.to_json() and several.cells.equals(one.cells)
     with pytest.raises(UserError, match="threads=0"):
         replay(trace, threads=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.7])
+def test_what_the_first_pass_keeps_changes_nothing(share, monkeypatch):
+    trace = random_trace(9, segments=4, calls=5, num_layers=3)
+    routings, read = ["vanilla", FirstSlots(1), Halved(1)], []
+    specs = [*RESIDENCIES, "static:budget=2", "belady:budget=2", "belady:scope=global,budget=2"]
+    pieces = [replace(p, load=lambda n, s, p=p: read.append(n) or p.load(n, s)) for p in trace.pieces]
+    trace = replace(trace, pieces=pieces)
+    kept = replay(trace, routings, specs, "h100-pcie5")
+    once = len(read)
+    decisions = sum(p.forwards.num_rows * (2 + 0.5) * 3 * trace.meta.model.top_k for p in pieces)
+    monkeypatch.setattr("simulator.replay.KEPT_DECISIONS", share * decisions)
+    anew = replay(trace, routings, specs, "h100-pcie5")
+    assert len(read) == 3 * once
+    assert anew.to_json() == kept.to_json()
+    assert anew.cells.equals(kept.cells, null_equal=True) and anew.forwards.equals(kept.forwards)
 
 
 def test_latency_is_the_sum_of_its_forwards_and_speed_up_a_ratio_of_throughputs():
