@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tracer.errors import TraceError
-from tracer.schema import ENCODINGS, GROUP_SCORES, LEVELS, SCHEMA_VERSION, SCORE_FUNCTIONS, TABLES
+from tracer.schema import COMPANIONS, ENCODINGS, GROUP_SCORES, LEVELS, SCHEMA_VERSION, SCORE_FUNCTIONS, TABLES
 from tracer.trace import ModelInfo, RouterSpec, TraceMeta
 
 META_FILE = "meta.json"
@@ -129,6 +129,11 @@ def parse_meta(document: Any) -> TraceMeta:
         column in CELL_COLUMNS and encoding not in ENCODINGS for column, encoding in encodings.items()
     ):
         raise top.fault("encodings", f"an object of column -> {' or '.join(ENCODINGS)}")
+    for column in set(CELL_COLUMNS) - set(COMPANIONS):
+        if encodings.get(column) == "changes":
+            raise TraceError(
+                f"{META_FILE}: encodings.{column} must be plain or byte_planes, changes is for ids and weights."
+            )
     decoding = top.section("decoding") if top.values.get("decoding") is not None else _Section({}, "decoding")
     decoding.optional_integer("block_length")
     provenance = top.section("provenance") if top.values.get("provenance") is not None else _Section({}, "provenance")
@@ -172,6 +177,9 @@ def _parse_model(section: _Section) -> ModelInfo:
         dtype=section.text("dtype"),
         revision=section.text("revision"),
         class_name=section.text("class"),
+        num_heads=section.optional_integer("num_heads"),
+        num_kv_heads=section.optional_integer("num_kv_heads"),
+        head_dim=section.optional_integer("head_dim"),
     )
 
 
@@ -248,8 +256,9 @@ def write_meta(path: Path, document: Mapping[str, Any]) -> None:
     """Write ``path/meta.json`` atomically: to a temporary name, synced, renamed."""
     temporary = path / TEMPORARY_META
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1)
-        file.write("\n")
+        # a key a line; indented further, thousands of biases would fill as many lines
+        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
+        file.write(f"{{\n{lines}\n}}\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path / META_FILE)

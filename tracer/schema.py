@@ -25,7 +25,20 @@ LEVELS = ("ids", "active", "scores")
 STOP_REASONS = ("eos", "length", "error")
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 GROUP_SCORES = ("top2_sum", "max")
-ENCODINGS = ("plain", "byte_planes")
+# Encodings of the binary columns of ``routing``, by column in meta.json's "encodings"; a column not named there is plain.
+# "byte_planes": all first bytes of a cell's numbers, then all second bytes, and so on.
+# "changes", for expert_ids and gate_weights alone: what differs from a linked row. A row is linked with the row of the same
+# request, branch (the first one where the earlier call had fewer) and kv_tokens + index in the branch, in the last call of the
+# request before, if that call is in the same row group of the part and has the layer; row groups hold whole forwards. Rows
+# that were not routed repeat the linked row, or are 0.
+# expert_ids "changes": the ids, row by row, of the slots whose bit is set in ``changed``; all others are the linked row's. Of a
+# row without a link either no bit is set and all its ids are 0, or all are and each id but the first is stored as the
+# difference, modulo its type, to the one before.
+# gate_weights "changes": with d the difference, modulo 2^16, of a weight's bits to those of the same slot of the linked row (to
+# 0 without one), 2d or, where d as an int16 is negative, -2d - 1; its low byte here, its high byte in ``gate_weights_high``.
+ENCODINGS = ("plain", "byte_planes", "changes")
+# columns that encoding "changes" adds
+COMPANIONS = {"expert_ids": "changed", "gate_weights": "gate_weights_high"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +98,22 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("forward_id", "uint32", "model call"),
         Column("layer", "uint16", "index of the MoE layer in the model, dense layers counted"),
         Column("num_tokens", "uint32", "all rows of the call"),
+        Column(
+            "changed",
+            "binary",
+            'bitmap [num_tokens, K], little bit order: ids that expert_ids holds under encoding "changes"',
+            optional=True,
+        ),
         Column("expert_ids", "binary", "uint8 (E <= 256) or uint16 [num_tokens, K]"),
         Column(
             "gate_weights", "binary", "float16 [num_tokens, K], what expert outputs are multiplied by", nullable=True
+        ),
+        Column(
+            "gate_weights_high",
+            "binary",
+            'high bytes of gate_weights under encoding "changes"',
+            optional=True,
+            nullable=True,
         ),
         Column(
             "router_scores",

@@ -372,7 +372,7 @@ META_FAULTS = [
     (wrong_meta("tables", value=["forwards"]), "tables must be a list of requests, forwards"),
     (
         wrong_meta("encodings", value={"expert_ids": "zip"}),
-        "encodings must be an object of column -> plain or byte_planes",
+        "encodings must be an object of column -> plain or byte_planes or changes",
     ),
     (wrong_meta("score_dtype", value="float64"), "score_dtype must be one of float32, float16"),
     (wrong_meta("model", value=3), "model must be a JSON object, not 3"),

@@ -41,7 +41,7 @@ def naive_slots(calls, layer):
                     newcomers = [e for e in ids if e not in earlier]
                     slots = [newcomers.pop(0) if e is None else e for e in slots]
                 else:
-                    slots = ids
+                    slots = sorted(ids)
                 now[branch, position] = slots
                 rows.append(slots)
             remembered[part["request_id"]] = branches, now

@@ -1,12 +1,12 @@
 """The open segment: what calls bring, copied into arrays that grow.
 
-Copies cost what a memcpy costs; everything that can wait until the segment is encoded is left to the background thread.
+A call's layers are copied in one go, in stored order; everything that can wait until the segment is encoded is left to the
+background thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,121 +30,59 @@ FIRST_ROWS = 4096
 
 
 class Rows:
-    """An array that grows along its first axis; rows that were never put are 0."""
+    """An array that grows along its first axis."""
 
     __slots__ = ("values",)
 
-    def __init__(self, width: tuple[int, ...], dtype: Any) -> None:
-        self.values = np.zeros((0, *width), dtype)
+    def __init__(self, width: tuple[int, ...], dtype: Any, rows: int = 0) -> None:
+        self.values = np.empty((rows, *width), dtype)
 
-    def put(self, start: int, end: int, values: np.ndarray) -> None:
-        """Set rows ``start`` to ``end - 1``, converting to the array's type."""
+    def room(self, start: int, end: int) -> np.ndarray:
+        """Rows ``start`` to ``end - 1``, to be filled."""
         if end > len(self.values):
-            self._grow(end)
-        self.values[start:end] = values
-
-    def first(self, rows: int) -> np.ndarray:
-        """The first ``rows`` rows."""
-        if rows > len(self.values):
-            self._grow(rows)
-        return self.values[:rows]
-
-    def _grow(self, rows: int) -> None:
-        grown = np.zeros((max(rows, 2 * len(self.values), FIRST_ROWS), *self.values.shape[1:]), self.values.dtype)
-        grown[: len(self.values)] = self.values
-        self.values = grown
-
-
-@dataclass(slots=True)
-class LayerRows:
-    """One layer's rows, at the same places as the segment's token rows; calls without the layer leave theirs alone.
-
-    ``calls`` are the calls that have the layer, counted in the segment; of these, ``unweighted`` gave no gate_weights and
-    ``routed`` holds the masks of those that did not route every row. ``scores`` and ``score_experts`` go by ``calls``.
-    """
-
-    ids: Rows
-    weights: Rows
-    calls: list[int] = field(default_factory=list)
-    unweighted: list[int] = field(default_factory=list)
-    routed: dict[int, np.ndarray] = field(default_factory=dict)
-    scores: list[np.ndarray] = field(default_factory=list)
-    score_experts: list[np.ndarray | None] = field(default_factory=list)
-
-    def put(self, call: int, start: int, end: int, given: Mapping[str, Any]) -> None:
-        """Copy one call's rows in, but for the scores; a UserError says which column is of the wrong shape or type."""
-        values = self.ids.values
-        shape = (end - start, values.shape[1])
-        ids, weights, routed = given.get("expert_ids"), given.get("gate_weights"), given.get("routed")
-        if ids.__class__ is not np.ndarray or ids.shape != shape or ids.dtype is not values.dtype:
-            ids = self._checked_ids(ids, shape)
-        self.ids.put(start, end, ids)
-        if weights is not None:
-            if weights.__class__ is not np.ndarray or weights.shape != shape or weights.dtype.kind != "f":
-                weights = _array("gate_weights", weights, shape, "f", "floats")
-            self.weights.put(start, end, weights)
-        else:
-            self.unweighted.append(call)
-        if routed is not None:
-            routed = np.array(_array("routed", routed, shape[:1], "b", "booleans"))
-            if not routed.all():
-                self.routed[call] = routed
-        self.calls.append(call)
-
-    def put_scores(self, level: str, experts: int, rows: int, given: Mapping[str, Any]) -> int:
-        """Copy one call's scores in, as the capture level has them; their bytes."""
-        scores, columns = given.get("router_scores"), given.get("score_experts")
-        if scores is None or (columns is None) != (level == "scores"):
-            wanted = "router_scores of all experts" if level == "scores" else "router_scores and score_experts"
-            raise UserError(f"capture level {level} needs {wanted}")
-        width = experts
-        if columns is not None:
-            columns = np.array(columns)
-            width = len(columns)
-            wrong = columns.ndim != 1 or columns.dtype.kind not in "iu"
-            if wrong or (width and (columns[0] < 0 or columns[-1] >= experts or (columns[1:] <= columns[:-1]).any())):
-                raise UserError(f"score_experts must be ascending expert ids below {experts}")
-        scores = _array("router_scores", scores, (rows, width), "f", "floats")
-        self.scores.append(np.array(scores, np.float32, order="C"))
-        self.score_experts.append(columns)
-        return rows * width * 4
-
-    def forget(self, call: int) -> None:
-        """Undo what a call that was refused halfway has left."""
-        self.routed.pop(call, None)
-        for calls in (self.calls, self.unweighted):
-            if calls and calls[-1] == call:
-                calls.pop()
-        del self.scores[len(self.calls) :], self.score_experts[len(self.calls) :]
-
-    def _checked_ids(self, given: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """Ids whose type fits the rows, which are widened where it would not."""
-        ids = _array("expert_ids", given, shape, "iu", "whole numbers")
-        if len(self.ids.values) == 0:
-            self.ids = Rows(shape[1:], ids.dtype)
-        elif not np.can_cast(ids.dtype, self.ids.values.dtype):
-            self.ids.values = self.ids.values.astype(np.int64)
-        return ids
+            grown = np.empty((max(end, 2 * len(self.values), FIRST_ROWS), *self.values.shape[1:]), self.values.dtype)
+            grown[:start] = self.values[:start]
+            self.values = grown
+        return self.values[start:end]
 
 
 class OpenSegment:
     """Calls and ended requests not written yet.
 
-    ``num_bytes`` counts the rows put; ``row_ends`` is where each call's rows end, ``forward_ids`` their numbers, ``parts`` the
-    ``forwards`` rows, ``tokens`` None where the trace has no such table.
+    Token rows: ``row_ends`` is where each call's rows end, ``forward_ids`` their numbers, ``parts`` the ``forwards`` rows,
+    ``call_parts`` how many of them each call has, ``tokens`` None where the trace has no such table. Cells, one a call and
+    layer, stand in stored order, layers ascending in a call: ``ids`` and ``weights`` hold their rows one after the other,
+    ``layers`` the layers of each call, ``routed`` the masks of cells that did not route every row, ``unweighted`` the cells
+    without gate_weights. ``num_bytes`` counts what was put.
+
+    Parameters
+    ----------
+    meta : TraceMeta
+    like : OpenSegment or None
+        A segment of about the size that this one will have.
     """
 
-    def __init__(self, meta: TraceMeta) -> None:
+    def __init__(self, meta: TraceMeta, like: OpenSegment | None = None) -> None:
         self.meta = meta
         self.parts: list[dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.forward_ids: list[int] = []
         self.row_ends: list[int] = []
-        self.layers: dict[int, LayerRows] = {}
+        self.call_parts: list[int] = []
+        self.layers: list[tuple[int, ...]] = []
+        self.num_cells = self.num_cell_rows = self.num_bytes = 0
+        top_k = meta.model.top_k
+        self.ids: Rows = Rows((top_k,), like.ids.values.dtype if like else np.uint8, like.num_cell_rows if like else 0)
+        self.weights = Rows((top_k,), np.float16, like.num_cell_rows if like else 0)
+        self.unweighted: list[int] = []
+        self.routed: dict[int, np.ndarray] = {}
+        self.scores: list[np.ndarray] = []
+        self.score_experts: list[np.ndarray | None] = []
         self.tokens: dict[str, Rows] | None = None
         if "tokens" in meta.tables:
-            self.tokens = {name: Rows((), dtype) for name, dtype in TOKEN_TYPES.items()}
-        self.num_bytes = 0
+            rows = like.num_rows if like else 0
+            self.tokens = {name: Rows((), dtype, rows) for name, dtype in TOKEN_TYPES.items()}
+        self._ascending: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @property
     def num_calls(self) -> int:
@@ -169,35 +107,115 @@ class OpenSegment:
         UserError
             Naming call, layer and column; the segment is as before then.
         """
-        start, call = self.num_rows, self.num_calls
-        end = start + rows
-        top_k, level, experts = self.meta.model.top_k, self.meta.capture_level, self.meta.model.num_experts
-        size = 0 if self.tokens is None else _put_tokens(f"call {forward_id}", self.tokens, start, end, tokens or {})
-        layers = self.layers
-        layer = -1
-        try:
-            # weights too large for float16 become infinite here and are reported when the segment is encoded
-            with np.errstate(over="ignore"):
-                for layer, given in routing.items():
-                    own = layers.get(layer)
-                    if own is None:
-                        own = layers[layer] = LayerRows(Rows((top_k,), np.uint8), Rows((top_k,), np.float16))
-                    own.put(call, start, end, given)
-                    if level != "ids":
-                        size += own.put_scores(level, experts, rows, given)
-                    elif given.get("router_scores") is not None:
-                        raise UserError("capture level ids keeps no router_scores")
-        except UserError as error:
-            for own in layers.values():
-                own.forget(call)
-            raise UserError(f"call {forward_id}, layer {layer}: {error}.") from None
+        start = self.num_rows
+        name = f"call {forward_id}"
+        size = 0 if self.tokens is None else _put_tokens(name, self.tokens, start, start + rows, tokens or {})
+        given = tuple(routing)
+        layers = self._ascending.setdefault(given, tuple(sorted(given)))
+        cells = [routing[layer] for layer in layers]
+        first, last = self.num_cell_rows, self.num_cell_rows + rows * len(layers)
+        shape = (rows, self.meta.model.top_k)
+        self._put_ids(name, layers, [cell.get("expert_ids") for cell in cells], shape, first, last)
+        unweighted = self._put_weights(name, layers, [cell.get("gate_weights") for cell in cells], shape, first, last)
+        routed = {}
+        level, experts = self.meta.capture_level, self.meta.model.num_experts
+        for n, cell in enumerate(cells):
+            mask = cell.get("routed")
+            if mask is not None:
+                mask = _array(f"{name}, layer {layers[n]}", "routed", mask, shape[:1], "b", "booleans")
+                if not mask.all():
+                    routed[self.num_cells + n] = np.array(mask)
+            if level == "ids" and cell.get("router_scores") is not None:
+                raise UserError(f"{name}, layer {layers[n]}: capture level ids keeps no router_scores.")
+        if level != "ids":
+            pairs = zip(layers, cells, strict=True)
+            found = [_scores(f"{name}, layer {layer}", level, experts, rows, cell) for layer, cell in pairs]
+            self.scores += [scores for scores, _ in found]
+            self.score_experts += [columns for _, columns in found]
+            size += sum(scores.nbytes for scores, _ in found)
+        self.unweighted += [self.num_cells + n for n in unweighted]
+        self.routed |= routed
         self.parts += [{"forward_id": forward_id, **part} for part in parts]
         self.forward_ids.append(forward_id)
-        self.row_ends.append(end)
-        self.num_bytes += size + rows * top_k * sum(layers[layer].ids.values.itemsize + 2 for layer in routing)
+        self.row_ends.append(start + rows)
+        self.call_parts.append(len(parts))
+        self.layers.append(layers)
+        self.num_cells += len(layers)
+        self.num_cell_rows = last
+        self.num_bytes += size + (last - first) * shape[1] * (self.ids.values.itemsize + 2)
+
+    def _put_ids(
+        self, name: str, layers: tuple[int, ...], given: list[Any], shape: tuple[int, int], first: int, last: int
+    ) -> None:
+        if _stack(self.ids.room(first, last), given, shape, "no"):
+            return
+        found = [
+            _array(f"{name}, layer {layer}", "expert_ids", ids, shape, "iu", "whole numbers")
+            for layer, ids in zip(layers, given, strict=True)
+        ]
+        wide = np.result_type(*found)
+        if wide.kind == "f":
+            # unsigned beside signed words
+            wide = np.dtype(np.int64)
+        if first == 0:
+            self.ids = Rows(shape[1:], wide)
+        elif not np.can_cast(wide, self.ids.values.dtype):
+            self.ids.values = self.ids.values.astype(np.int64)
+        np.concatenate(found, out=self.ids.room(first, last), casting="unsafe")
+
+    def _put_weights(
+        self, name: str, layers: tuple[int, ...], given: list[Any], shape: tuple[int, int], first: int, last: int
+    ) -> Sequence[int]:
+        """Copy weights in, 0 where a layer has none; which layers of the call these are."""
+        room = self.weights.room(first, last)
+        if all(weights is None for weights in given):
+            room[:] = 0
+            return range(len(given))
+        # weights too large for float16 become infinite here and are reported when the segment is encoded
+        with np.errstate(over="ignore"):
+            if _stack(room, given, shape, "same_kind", "f"):
+                return ()
+            missing = [n for n, weights in enumerate(given) if weights is None]
+            for n, weights in enumerate(given):
+                if weights is not None:
+                    weights = _array(f"{name}, layer {layers[n]}", "gate_weights", weights, shape, "f", "floats")
+                room[n * shape[0] : (n + 1) * shape[0]] = 0 if weights is None else weights
+        return missing
+
+
+def _stack(room: np.ndarray, arrays: list[Any], shape: tuple[int, ...], casting: Any, kind: str = "") -> bool:
+    """Copy arrays of one shape, one after the other; False, ``room`` in any state, where they do not fit without looking."""
+    try:
+        for array in arrays:
+            if array.shape != shape or (kind and array.dtype.kind != kind):
+                return False
+        np.concatenate(arrays, out=room, casting=casting)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _scores(
+    name: str, level: str, experts: int, rows: int, given: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Copies of one cell's scores and their columns, as the capture level has them."""
+    scores, columns = given.get("router_scores"), given.get("score_experts")
+    if scores is None or (columns is None) != (level == "scores"):
+        wanted = "router_scores of all experts" if level == "scores" else "router_scores and score_experts"
+        raise UserError(f"{name}: capture level {level} needs {wanted}.")
+    width = experts
+    if columns is not None:
+        columns = np.array(columns)
+        width = len(columns)
+        wrong = columns.ndim != 1 or columns.dtype.kind not in "iu"
+        if wrong or (width and (columns[0] < 0 or columns[-1] >= experts or (columns[1:] <= columns[:-1]).any())):
+            raise UserError(f"{name}: score_experts must be ascending expert ids below {experts}.")
+    scores = _array(name, "router_scores", scores, (rows, width), "f", "floats")
+    return np.array(scores, np.float32, order="C"), columns
 
 
 def _put_tokens(name: str, own: dict[str, Rows], start: int, end: int, given: Mapping[str, Any]) -> int:
+    """Copy a call's token columns in; their bytes."""
     size = 0
     shape = (end - start,)
     for column, rows in own.items():
@@ -206,15 +224,19 @@ def _put_tokens(name: str, own: dict[str, Rows], start: int, end: int, given: Ma
             values = given.get(TOKEN_LIKE.get(column, column))
         if values is None:
             raise UserError(f"{name}: tokens {column} is missing.")
-        if np.shape(values) != shape:
-            raise UserError(f"{name}: tokens {column} must have shape {shape}, not {np.shape(values)}.")
-        rows.put(start, end, values)
-        size += (end - start) * rows.values.itemsize
+        if values.__class__ is not np.ndarray:
+            values = np.asarray(values)
+        if values.shape != shape:
+            raise UserError(f"{name}: tokens {column} must have shape {shape}, not {values.shape}.")
+        room = rows.room(start, end)
+        room[:] = values
+        size += room.nbytes
     return size
 
 
-def _array(column: str, given: Any, shape: tuple[int, ...], kinds: str, wanted: str) -> np.ndarray:
+def _array(name: str, column: str, given: Any, shape: tuple[int, ...], kinds: str, wanted: str) -> np.ndarray:
     found = np.asarray(given)
     if found.shape != shape or found.dtype.kind not in kinds:
-        raise UserError(f"{column} must be {wanted} of shape {shape}, not {found.dtype} of shape {found.shape}")
+        what = f"{found.dtype} of shape {found.shape}"
+        raise UserError(f"{name}: {column} must be {wanted} of shape {shape}, not {what}.")
     return found

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from tracer.errors import UserError
-from tracer.files.buffer import LayerRows, OpenSegment
-from tracer.files.cell_arrays import Layout, binary_column, cell_column, layout_of
+from tracer.files.buffer import OpenSegment
+from tracer.files.cell_arrays import Layout, cell_column, encoded_rows, layout_of
 from tracer.files.layers import first_invalid_row, id_type, weight_fault
+from tracer.files.links import LINKED, link_rows
 from tracer.files.slots import PartRows, SlotMemory
 from tracer.files.tokens import repeated_positions
 from tracer.schema import PADDING, STATES, TABLES, arrow_schema
 
-# raw bytes of cells in one row group; a reader that streams holds about one of them
+# raw bytes of cells in one row group, which holds whole calls all the same; a reader that streams holds about one of them
 ROW_GROUP_BYTES = 64 << 20
+# what offsets of Arrow's binary type count to
+NARROW_BYTES = (1 << 31) - 1
+SCORE_COLUMNS = {"ids": (), "active": ("router_scores", "score_experts"), "scores": ("router_scores",)}
 
 
 def segment_tables(segment: OpenSegment, memory: SlotMemory) -> dict[str, Iterator[pa.Table]]:
@@ -52,16 +57,11 @@ def _rows_table(table: str, rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _call_rows(segment: OpenSegment) -> np.ndarray:
-    """int64 [F]: token rows of each call."""
-    return np.diff(np.array([0, *segment.row_ends], np.int64))
-
-
 def _tokens_table(segment: OpenSegment) -> pa.Table:
     schema = arrow_schema("tokens")
-    rows = _call_rows(segment)
+    rows: np.ndarray = np.diff(np.array([0, *segment.row_ends], np.int64))
     total = segment.num_rows
-    tokens: dict[str, Any] = {name: column.first(total) for name, column in (segment.tokens or {}).items()}
+    tokens: dict[str, Any] = {name: column.room(0, total) for name, column in (segment.tokens or {}).items()}
     _check_tokens(segment, tokens["state"], tokens["position"])
     tokens["forward_id"] = np.repeat(np.array(segment.forward_ids, np.uint32), rows)
     tokens["row"] = (np.arange(total) - np.repeat(np.cumsum(rows) - rows, rows)).astype(np.uint32)
@@ -87,146 +87,156 @@ def _check_tokens(segment: OpenSegment, state: np.ndarray, position: np.ndarray)
         raise row_fault(segment, twice, None, f"position {position[twice]} stands twice in one request and branch")
 
 
-def _part_rows(segment: OpenSegment) -> Iterator[PartRows]:
-    end = 0
-    for part in segment.parts:
-        start, end = end, end + part["num_tokens"]
-        if segment.tokens is None:
-            # without positions, row j after the cached prefix stands for itself
-            branches = part["branches"]
-            positions = part["kv_tokens"] + np.tile(np.arange(part["num_tokens"] // branches), branches)
-        else:
-            positions = segment.tokens["position"].values[start:end]
-        yield PartRows(part["request_id"], positions, part["branches"])
+def _part_rows(segment: OpenSegment, columns: Mapping[str, np.ndarray]) -> PartRows:
+    starts = np.concatenate(([0], np.cumsum(columns["num_tokens"])))
+    branches = columns["branches"]
+    if segment.tokens is None:
+        # without positions, row j after the cached prefix stands for itself
+        inside = np.arange(starts[-1]) - np.repeat(starts[:-1], columns["num_tokens"])
+        own = np.repeat(columns["num_tokens"] // branches, columns["num_tokens"])
+        positions = np.repeat(columns["kv_tokens"], columns["num_tokens"]) + inside % own
+    else:
+        positions = segment.tokens["position"].room(0, segment.num_rows)
+    return PartRows(columns["request_id"], branches, starts, positions)
 
 
 def _routing_groups(segment: OpenSegment, memory: SlotMemory) -> Iterator[pa.Table]:
     meta, layout = segment.meta, layout_of(segment)
-    ids, weights = _aligned(segment, layout, memory)
-    forward = np.array(segment.forward_ids, np.uint32)
-    unweighted = layout.flags({layer: own.unweighted for layer, own in segment.layers.items()})
-    routed = layout.objects({layer: own.routed for layer, own in segment.layers.items()})
+    ids, weights, routed = _checked_rows(segment, layout)
+    columns = {name: np.array([part[name] for part in segment.parts], np.int64) for name in LINKED}
+    _align(layout, memory, memory.references(_part_rows(segment, columns)), ids, weights, routed)
+    memory.carry(request["request_id"] for request in segment.requests)
+    groups = _groups(layout, meta.model.top_k, segment.scores)
+    rows = layout.row_offsets
+    links = link_rows(
+        columns,
+        np.concatenate(([0], np.cumsum(np.array(segment.call_parts, np.int64)))),
+        rows[:-1][np.repeat(groups[:-1], np.diff(groups))],
+    )
+    encoded = encoded_rows(ids, weights, routed, layout.flags(segment.unweighted), layout, links, meta.encodings)
     level = meta.capture_level
-    nullable = {"gate_weights": bool(unweighted.any()), "routed": any(mask is None for mask in routed)}
-    absent = {"ids": ("router_scores", "score_experts"), "active": (), "scores": ("score_experts",)}[level]
+    nullable = {name for name, cells in encoded.items() if cells.missing is not None}
+    if len(segment.routed) < segment.num_cells:
+        nullable.add("routed")
     # a column without nulls is stored as required: readers then know it without looking, and decode faster
-    fields = [field.with_nullable(nullable.get(field.name, False)) for field in arrow_schema("routing")]
-    schema = pa.schema([field for field in fields if field.name not in absent])
-    scores = layout.listed({layer: own.scores for layer, own in segment.layers.items()})
-    score_experts = layout.listed({layer: own.score_experts for layer, own in segment.layers.items()})
-    for low, high in _group_bounds(layout, meta.model.top_k, scores):
-        rows = slice(layout.starts[low], layout.starts[high])
-        offsets = (layout.starts[low : high + 1] - layout.starts[low]) * meta.model.top_k
-        left_out = unweighted[low:high]
-        held, held_offsets = weights[rows], offsets
-        if left_out.any():
-            held = held[np.repeat(~left_out, layout.rows[low:high])]
-            held_offsets = np.concatenate(([0], np.cumsum(np.where(left_out, 0, np.diff(offsets)))))
-        bitmaps = [None if mask is None else np.packbits(mask, bitorder="little") for mask in routed[low:high]]
-        columns = {
-            "forward_id": pa.array(forward[layout.call[low:high]]),
+    fields = [field.with_nullable(field.name in nullable) for field in arrow_schema("routing")]
+    stored = {"forward_id", "layer", "num_tokens", "routed", *encoded, *SCORE_COLUMNS[level]}
+    wide = bool((np.diff(_call_bytes(layout, meta.model.top_k, segment.scores)[groups]) > NARROW_BYTES).any())
+    if wide:
+        fields = [f.with_type(pa.large_binary()) if pa.types.is_binary(f.type) else f for f in fields]
+    schema = pa.schema([field for field in fields if field.name in stored])
+    forward = np.array(segment.forward_ids, np.uint32)[layout.call]
+    bounds = np.searchsorted(layout.call, groups)
+    for low, high in itertools.pairwise(bounds.tolist()):
+        group = {
+            "forward_id": pa.array(forward[low:high]),
             "layer": pa.array(layout.layer[low:high].astype(np.uint16)),
             "num_tokens": pa.array(layout.rows[low:high].astype(np.uint32)),
-            "expert_ids": binary_column(ids[rows], offsets, None, meta.encodings.get("expert_ids")),
-            "gate_weights": binary_column(held, held_offsets, left_out, meta.encodings.get("gate_weights")),
-            "routed": cell_column(bitmaps, None),
+            "routed": _bitmaps(segment, low, high, wide),
+            **{name: cells.column(low, high, wide) for name, cells in encoded.items()},
         }
         if level != "ids":
-            stored = [_stored_scores(segment, layout, c, scores[c], routed[c]) for c in range(low, high)]
-            columns["router_scores"] = cell_column(stored, meta.encodings.get("router_scores"))
+            scores = [_stored_scores(segment, layout, c) for c in range(low, high)]
+            group["router_scores"] = cell_column(scores, meta.encodings.get("router_scores"), wide)
         if level == "active":
-            narrow = [cell.astype(id_type(meta.model.num_experts)) for cell in score_experts[low:high]]
-            columns["score_experts"] = cell_column(narrow, meta.encodings.get("score_experts"))
-        yield pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+            dtype = id_type(meta.model.num_experts)
+            narrow = [np.asarray(cell).astype(dtype) for cell in segment.score_experts[low:high]]
+            group["score_experts"] = cell_column(narrow, meta.encodings.get("score_experts"), wide)
+        yield pa.Table.from_arrays([group[name] for name in schema.names], schema=schema)
 
 
-def _group_bounds(layout: Layout, top_k: int, scores: list[Any]) -> Iterator[tuple[int, int]]:
-    """Ranges of cells whose raw bytes stay under :data:`ROW_GROUP_BYTES`, one cell at least; one empty range if none."""
+def _call_bytes(layout: Layout, top_k: int, scores: list[np.ndarray]) -> np.ndarray:
+    """int64 [F + 1]: raw bytes of the cells before each call."""
     sizes = layout.rows * top_k * 4
     if scores:
         sizes = sizes + np.array([cell.nbytes for cell in scores], np.int64)
-    low, ends = 0, np.concatenate(([0], np.cumsum(sizes)))
-    while True:
+    ends = np.concatenate(([0], np.cumsum(sizes)))
+    return ends[np.searchsorted(layout.call, np.arange(len(layout.row_offsets)))]
+
+
+def _groups(layout: Layout, top_k: int, scores: list[np.ndarray]) -> np.ndarray:
+    """int64: the calls row groups begin with, and F; each group one call at least, else under :data:`ROW_GROUP_BYTES`."""
+    ends = _call_bytes(layout, top_k, scores)
+    calls = len(ends) - 1
+    bounds = [0]
+    while bounds[-1] < calls or len(bounds) < 2:
+        low = bounds[-1]
         high = int(np.searchsorted(ends, ends[low] + ROW_GROUP_BYTES, "right")) - 1
-        high = min(max(high, low + 1), len(sizes))
-        yield low, high
-        if high >= len(sizes):
-            return
-        low = high
+        bounds.append(min(max(high, low + 1), calls))
+    return np.array(bounds, np.int64)
 
 
-def _aligned(segment: OpenSegment, layout: Layout, memory: SlotMemory) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and float16 weights of all cells in stored order, [sum of rows, K], with stable slots; every row checked."""
-    top_k, dtype = segment.meta.model.top_k, id_type(segment.meta.model.num_experts)
-    reference = memory.references(_part_rows(segment))
-    out_ids = np.empty((int(layout.starts[-1]), top_k), dtype)
-    out_weights = np.zeros((int(layout.starts[-1]), top_k), np.float16)
-    rows = _call_rows(segment)
-    inside = np.arange(segment.num_rows) - np.repeat(np.cumsum(rows) - rows, rows)
-    for layer, own in segment.layers.items():
-        cells = layout.layer == layer
-        first = np.full(segment.num_calls, -1, np.int64)
-        first[layout.call[cells]] = layout.starts[:-1][cells]
-        start = np.repeat(first, rows)
-        ids, weights, routed = _layer_rows(segment, layer, own, rows)
-        memory.align(
-            layer,
-            ids,
-            weights.view(np.uint16),
-            routed,
-            reference,
-            np.where(start >= 0, (start + inside) * top_k, -1),
-            out_ids.reshape(-1),
-            out_weights.reshape(-1).view(np.uint16),
-        )
-    memory.carry(request["request_id"] for request in segment.requests)
-    return out_ids, out_weights
+def _bitmaps(segment: OpenSegment, low: int, high: int, wide: bool) -> pa.Array:
+    """Column ``routed`` of the given cells."""
+    if not segment.routed:
+        return pa.nulls(high - low, pa.large_binary() if wide else pa.binary())
+    masks = [segment.routed.get(cell) for cell in range(low, high)]
+    packed = [None if mask is None else np.packbits(mask, bitorder="little") for mask in masks]
+    return cell_column(packed, None, wide)
 
 
-def _layer_rows(
-    segment: OpenSegment, layer: int, own: LayerRows, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A layer's ids [T, K], float16 weights [T, K] (no rows where no call has them) and routed bool [T], checked."""
-    experts, total = segment.meta.model.num_experts, segment.num_rows
-    present = np.zeros(segment.num_calls, np.bool_)
-    present[own.calls] = True
-    routed = np.repeat(present, rows)
-    for call, mask in own.routed.items():
-        end = segment.row_ends[call]
-        routed[end - len(mask) : end] = mask
-    everywhere = bool(routed.all())
-    wide = own.ids.first(total)
-    if not everywhere:
+def _checked_rows(segment: OpenSegment, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids [S, K], float16 weights [S, K] (no rows where no call has them), routed bool [S] (none where all are), checked.
+
+    Ids and weights of rows that were not routed are 0.
+    """
+    meta = segment.meta
+    experts, total = meta.model.num_experts, segment.num_cell_rows
+    wide, weights = segment.ids.room(0, total), segment.weights.room(0, total)
+    routed = np.empty(0, np.bool_)
+    if segment.routed:
+        routed = np.ones(total, np.bool_)
+        for cell, mask in segment.routed.items():
+            routed[layout.starts[cell] : layout.starts[cell + 1]] = mask
         wide[~routed] = 0
+        weights[~routed] = 0
     narrow = wide.dtype.type is np.uint8 and experts == 256
     if not narrow and wide.size and (wide.min() < 0 or wide.max() >= experts):
         bad = int(np.argmax(((wide < 0) | (wide >= experts)).any(axis=1)))
-        raise row_fault(segment, bad, layer, f"expert ids {wide[bad].tolist()} must lie in 0..{experts - 1}")
+        raise _cell_fault(segment, layout, bad, f"expert ids {wide[bad].tolist()} must lie in 0..{experts - 1}")
     ids = wide.astype(id_type(experts), copy=False)
-    bad = first_invalid_row(ids, routed, experts)
+    bad = first_invalid_row(ids, routed if len(routed) else np.ones(total, np.bool_), experts)
     if bad >= 0:
-        raise row_fault(segment, bad, layer, f"expert ids {ids[bad].tolist()} are not distinct")
-    if len(own.unweighted) == len(own.calls):
-        return ids, np.empty((0, ids.shape[1]), np.float16), routed
-    weights = own.weights.first(total)
-    if not everywhere:
-        weights[~routed] = 0
-    fault = weight_fault(weights, segment.meta.routers[layer].bias_in_weights)
+        raise _cell_fault(segment, layout, bad, f"expert ids {ids[bad].tolist()} are not distinct")
+    if len(segment.unweighted) == segment.num_cells:
+        return ids, weights[:0], routed
+    fault = weight_fault(weights, any(router.bias_in_weights for router in meta.routers.values()))
     if fault:
-        raise row_fault(segment, fault[0], layer, f"float16 {fault[1]}")
+        raise _cell_fault(segment, layout, fault[0], f"float16 {fault[1]}")
     return ids, weights, routed
 
 
-def _stored_scores(
-    segment: OpenSegment, layout: Layout, cell: int, scores: np.ndarray, routed: np.ndarray | None
-) -> np.ndarray:
+def _cell_fault(segment: OpenSegment, layout: Layout, stored: int, message: str) -> UserError:
+    """A fault of a row of the cells."""
+    cell = int(np.searchsorted(layout.starts, stored, "right")) - 1
+    row = int(layout.row_offsets[layout.call[cell]] + stored - layout.starts[cell])
+    return row_fault(segment, row, int(layout.layer[cell]), message)
+
+
+def _align(
+    layout: Layout,
+    memory: SlotMemory,
+    reference: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    routed: np.ndarray,
+) -> None:
+    """Give the rows of all cells stable slots, in place."""
+    bits = weights.view(np.uint16)
+    for layer, cells in zip(layout.layers.tolist(), layout.cell_of, strict=True):
+        first = np.where(cells >= 0, layout.starts[cells], -1)
+        memory.align(layer, ids, bits, routed, first, layout.row_offsets, reference)
+
+
+def _stored_scores(segment: OpenSegment, layout: Layout, cell: int) -> np.ndarray:
     """Scores of a cell in the trace's score dtype; those of rows that were not routed become 0."""
+    scores, routed = segment.scores[cell], segment.routed.get(cell)
     if routed is not None:
         scores = np.where(routed[:, None], scores, np.float32(0))
     stored = scores.astype(segment.meta.score_dtype, copy=False)
     if not np.isfinite(stored).all():
         bad = int(np.argmax(~np.isfinite(stored).all(axis=1)))
-        call, layer = int(layout.call[cell]), int(layout.layer[cell])
-        first = segment.row_ends[call] - len(stored)
-        raise row_fault(segment, first + bad, layer, f"a {stored.dtype} router score is not finite")
+        raise _cell_fault(
+            segment, layout, int(layout.starts[cell]) + bad, f"a {stored.dtype} router score is not finite"
+        )
     return stored

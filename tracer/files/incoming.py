@@ -146,6 +146,8 @@ class CallRules:
 
 
 def _integer(name: str, column: str, value: Any, low: int, high: int) -> int:
+    if value.__class__ is int and low <= value <= high:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
         raise UserError(f"{name}: {column} must be a whole number from {low} to {high}, not {value!r}.")
     return int(value)

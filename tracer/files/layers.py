@@ -15,7 +15,9 @@ from tracer.files.cells import (
     unpack_routed,
     widest_bits,
 )
+from tracer.files.changes import BITS, TOO_FEW, join_changes, join_changes_of_eight, join_weights
 from tracer.files.columns import CellColumn
+from tracer.files.links import Links
 from tracer.trace import LayerTrace, TraceMeta
 
 HALF_MAGNITUDE, HALF_EXPONENT, HALF_SIGN = np.uint16(0x7FFF), 0x7C00, 0x8000
@@ -32,6 +34,7 @@ class SegmentCells:
     """Cells of a segment with M routing rows, F calls and T token rows.
 
     ``call`` int64 [M] counts calls of the segment, ``layer`` int64 [M]; ``row_offsets`` int64 [F + 1]; ``forward_id`` [F].
+    The first ``lead`` calls do not belong to it: the others' cells go on from theirs. ``links`` is None where no cells do.
     """
 
     call: np.ndarray
@@ -40,6 +43,8 @@ class SegmentCells:
     forward_id: np.ndarray
     columns: dict[str, CellColumn]
     meta: TraceMeta
+    lead: int = 0
+    links: Links | None = None
 
     def of(self, layer: int) -> np.ndarray:
         """int64: the cells of a layer, ascending."""
@@ -79,14 +84,17 @@ def read_layer(segment: SegmentCells, layer: int, with_weights: bool, with_score
     present = np.zeros(len(segment.forward_id), bool)
     present[calls] = True
     routed = _read_routed(own)
-    ids = _read_ids(own, routed, bool(present.all()))
+    ids = _read_ids(own, routed, present)
+    weights = _read_weights(own, routed, present) if with_weights else None
+    scores = _read_scores(own, routed) if with_scores and segment.meta.capture_level != "ids" else None
+    lead = int(segment.row_offsets[segment.lead])
     return LayerTrace(
         layer=layer,
-        expert_ids=ids,
-        count=routed.view(np.uint8) * np.uint8(segment.meta.model.top_k),
-        gate_weights=_read_weights(own, routed) if with_weights else None,
-        router_scores=_read_scores(own, routed) if with_scores and segment.meta.capture_level != "ids" else None,
-        present=present,
+        expert_ids=ids[lead:],
+        count=routed[lead:].view(np.uint8) * np.uint8(segment.meta.model.top_k),
+        gate_weights=None if weights is None else weights[lead:],
+        router_scores=None if scores is None else scores[lead:],
+        present=present[segment.lead :],
         router=segment.meta.routers[layer],
     )
 
@@ -119,11 +127,46 @@ def _gather_rows(own: _LayerCells, name: str, out: np.ndarray) -> None:
     own.segment.columns[name].gather(own.cells, own.first_row * size, own.rows * size, out)
 
 
-def _read_ids(own: _LayerCells, routed: np.ndarray, whole: bool) -> np.ndarray:
-    model = own.segment.meta.model
+def _join_ids(own: _LayerCells, present: np.ndarray, links: Links, ids: np.ndarray) -> None:
+    """Fill ``ids`` [T, K] from cells of encoding "changes"."""
+    columns, top_k = own.segment.columns, ids.shape[1]
+    sizes = (own.rows * top_k + 7) // 8
+    changed_starts = np.concatenate(([0], np.cumsum(sizes)))
+    changed = np.empty(int(changed_starts[-1]), np.uint8)
+    columns["changed"].gather(own.cells, changed_starts[:-1], sizes, changed)
+    # a null cell, and half an id, come out as lengths the cell does not have
+    sizes = np.maximum(columns["expert_ids"].lengths(own.cells), 0) // ids.itemsize
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    # the kernel for eights looks at ids before it knows that they are its cell's
+    kept = np.zeros(int(starts[-1]) + 8, ids.dtype)
+    columns["expert_ids"].gather(own.cells, starts[:-1] * ids.itemsize, sizes * ids.itemsize, kept)
+    calls = own.segment.call[own.cells]
+    offsets, bounds, runs = own.segment.row_offsets, links.bounds, links.runs
+    cells = changed, changed_starts, kept, starts, calls, offsets, bounds, runs, present
+    if top_k == 8 and ids.dtype == np.uint8:
+        fault = join_changes_of_eight(*cells, ids.reshape(-1).view(np.uint64))
+    else:
+        fault = join_changes(*cells, ids)
+    if fault >= 0:
+        cell, what = divmod(int(fault), 4)
+        forward = own.segment.forward_id[calls[cell]]
+        if what == BITS:
+            message = f"changed of forward {forward} has some bits, but not all, of a row that is linked with none."
+            raise columns["changed"].cell_fault(int(own.cells[cell]), message)
+        message = (
+            f"expert_ids of forward {forward} has {'fewer' if what == TOO_FEW else 'more'} ids than changed has bits."
+        )
+        raise columns["expert_ids"].cell_fault(int(own.cells[cell]), message)
+
+
+def _read_ids(own: _LayerCells, routed: np.ndarray, present: np.ndarray) -> np.ndarray:
+    model, links = own.segment.meta.model, own.segment.links
     shape = (len(routed), model.top_k)
-    ids = (np.empty if whole else np.zeros)(shape, id_type(model.num_experts))
-    _gather_rows(own, "expert_ids", ids)
+    ids = (np.empty if present.all() else np.zeros)(shape, id_type(model.num_experts))
+    if links is not None and own.segment.meta.encodings.get("expert_ids") == "changes":
+        _join_ids(own, present, links, ids)
+    else:
+        _gather_rows(own, "expert_ids", ids)
     if not routed.all():
         ids[~routed] = 0
     bad = first_invalid_row(ids, routed, model.num_experts)
@@ -157,13 +200,28 @@ def weight_fault(gate_weights: np.ndarray, signed: bool) -> tuple[int, str] | No
     return None
 
 
-def _read_weights(own: _LayerCells, routed: np.ndarray) -> np.ndarray | None:
-    column = own.segment.columns["gate_weights"]
+def _join_weights(own: _LayerCells, present: np.ndarray, links: Links, weights: np.ndarray) -> None:
+    """Fill ``weights`` [T, K] from cells of encoding "changes"."""
+    top_k = weights.shape[1]
+    starts = np.concatenate(([0], np.cumsum(own.rows * top_k)))
+    low, high = np.empty(int(starts[-1]), np.uint8), np.empty(int(starts[-1]), np.uint8)
+    for name, planes in (("gate_weights", low), ("gate_weights_high", high)):
+        own.segment.columns[name].gather(own.cells, starts[:-1], own.rows * top_k, planes)
+    calls, bits = own.segment.call[own.cells], weights.reshape(-1).view(np.uint16)
+    join_weights(low, high, starts, calls, own.segment.row_offsets, links.bounds, links.runs, present, top_k, bits)
+
+
+def _read_weights(own: _LayerCells, routed: np.ndarray, present: np.ndarray) -> np.ndarray | None:
+    column, links = own.segment.columns["gate_weights"], own.segment.links
     lengths = column.lengths(own.cells)
     if len(lengths) and (lengths < 0).all():
         return None
-    weights = np.zeros((len(routed), own.segment.meta.model.top_k), np.float16)
-    _gather_rows(own, "gate_weights", weights)
+    shape = (len(routed), own.segment.meta.model.top_k)
+    weights = (np.empty if present.all() else np.zeros)(shape, np.float16)
+    if links is not None and own.segment.meta.encodings.get("gate_weights") == "changes":
+        _join_weights(own, present, links, weights)
+    else:
+        _gather_rows(own, "gate_weights", weights)
     if not routed.all():
         weights[~routed] = 0
     fault = weight_fault(weights, own.segment.meta.routers[own.layer].bias_in_weights)

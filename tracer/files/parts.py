@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tracer.errors import TraceError
-from tracer.schema import TABLES, Column, arrow_schema
+from tracer.schema import COMPANIONS, TABLES, Column, arrow_schema
 
 PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 COLUMNS = {table: {column.name: column for column in columns} for table, columns in TABLES.items()}
@@ -113,8 +113,8 @@ class PartFile:
         return {name: numbers(self, name, table) for name in names}
 
     def cell_bytes(self, name: str) -> tuple[int, int]:
-        """Compressed and uncompressed bytes of a column, 0 where it is missing."""
-        columns = self._column_chunks(name)
+        """Compressed and uncompressed bytes of a column and the one its encoding adds, 0 where they are missing."""
+        columns = self._column_chunks(name) + self._column_chunks(COMPANIONS.get(name, ""))
         return sum(c.total_compressed_size for c in columns), sum(c.total_uncompressed_size for c in columns)
 
     def null_count(self, name: str) -> int:

@@ -66,7 +66,8 @@ def key_faults(
             row = int(np.argmax(wrong))
             yield str(part.fault(row, message(row) + "."))
 
-    unknown = ~np.isin(forward, ids)
+    place = np.searchsorted(ids, forward)
+    unknown = np.append(ids, -1)[place] != forward
     yield from at(unknown, lambda i: f"forward {forward[i]} is not in the forwards part of the segment")
     if unknown.any():
         return
@@ -76,7 +77,9 @@ def key_faults(
     yield from at(
         unsorted, lambda i: f"forward {forward[i]} layer {layer[i]} is out of order, rows go by (forward_id, layer)"
     )
-    strange = ~np.isin(layer, meta.model.moe_layers)
+    known = np.zeros(1 << 16, np.bool_)
+    known[list(meta.model.moe_layers)] = True
+    strange = ~known[layer]
     yield from at(strange, lambda i: f"layer {layer[i]} is not among model.moe_layers of meta.json")
     rows = np.diff(stored.row_offsets)[call]
     yield from at(

@@ -11,11 +11,13 @@ from tracer.errors import TraceError
 from tracer.files.columns import CellColumn, Piece
 from tracer.files.forwards import StoredForwards
 from tracer.files.layers import SegmentCells, read_layer
-from tracer.files.routing import KindLayers, key_faults, read_cells
+from tracer.files.links import LINKED, Links, link_rows
+from tracer.files.routing import KindLayers, PartCells, key_faults, read_cells
 from tracer.files.tokens import read_tokens, token_faults, token_table
+from tracer.schema import COMPANIONS
 from tracer.trace import ForwardTable, LayerTrace, Segment, TokenTable, TraceMeta
 
-CELL_COLUMNS = ("expert_ids", "gate_weights", "router_scores", "score_experts", "routed")
+CELL_COLUMNS = ("expert_ids", "gate_weights", *COMPANIONS.values(), "router_scores", "score_experts", "routed")
 # decisions (row x layer x slot) and bytes of scores a segment holds at most where blocks allow a cut
 SEGMENT_DECISIONS = 1 << 26
 SEGMENT_SCORE_BYTES = 1 << 28
@@ -53,26 +55,54 @@ def segment_tokens(stored: StoredForwards, first: int, last: int) -> TokenTable:
 
 def segment_cells(stored: StoredForwards, meta: TraceMeta, kinds: KindLayers, first: int, last: int) -> SegmentCells:
     """Routing cells of calls ``first`` to ``last - 1``, keys checked, contents not read yet."""
-    pieces, calls, layers = [], [], []
+    linked = any(meta.encodings.get(name) == "changes" for name in COMPANIONS)
+    lead_first = first
+    pieces, calls, layers, groups = [], [], [], []
     cells_before = 0
     for number, low, high in parts_of(stored, first, last):
         cells, forward, num_tokens = read_cells(stored, number)
         for fault in key_faults(stored, number, meta, kinds, cells, forward, num_tokens):
             raise TraceError(fault)
+        if linked:
+            begins = _group_calls(cells)
+            if low == first:
+                # a row group is decoded from its beginning
+                low = lead_first = int(begins[np.searchsorted(begins, low, "right") - 1])
+            groups.append(begins[(begins >= low) & (begins < high)])
         begin, end = (int(n) for n in np.searchsorted(cells.call, (low, high)))
         pieces.append(Piece(cells.part, begin, end, cells_before))
-        calls.append(cells.call[begin:end] - first)
+        calls.append(cells.call[begin:end] - lead_first)
         layers.append(cells.layer[begin:end])
         cells_before += end - begin
     columns = {name: CellColumn(name, tuple(pieces), meta.encodings.get(name, "plain")) for name in CELL_COLUMNS}
+    row_offsets = stored.row_offsets[lead_first : last + 1] - stored.row_offsets[lead_first]
     return SegmentCells(
         call=np.concatenate(calls),
         layer=np.concatenate(layers),
-        row_offsets=stored.row_offsets[first : last + 1] - stored.row_offsets[first],
-        forward_id=stored.call_ids[first:last],
+        row_offsets=row_offsets,
+        forward_id=stored.call_ids[lead_first:last],
         columns=columns,
         meta=meta,
+        lead=first - lead_first,
+        links=_links(stored, lead_first, last, row_offsets, np.concatenate(groups)) if linked else None,
     )
+
+
+def _group_calls(cells: PartCells) -> np.ndarray:
+    """int64: the calls that the row groups of a part begin with; a TraceError where one begins inside a call."""
+    begins = [begin for _, begin in cells.part.row_groups(0, cells.part.num_rows)]
+    for row in begins[1:]:
+        if cells.call[row] == cells.call[row - 1]:
+            raise cells.part.fault(row, "a row group begins inside a forward, which encoding changes does not allow.")
+    return cells.call[begins]
+
+
+def _links(stored: StoredForwards, first: int, last: int, row_offsets: np.ndarray, groups: np.ndarray) -> Links:
+    parts = slice(stored.call_parts[first], stored.call_parts[last])
+    columns = {name: stored.columns[name][parts] for name in LINKED}
+    group = groups[np.searchsorted(groups, np.arange(first, last), "right") - 1]
+    call_parts = stored.call_parts[first : last + 1] - stored.call_parts[first]
+    return link_rows(columns, call_parts, row_offsets[group - first])
 
 
 class StoredSegment(Segment):

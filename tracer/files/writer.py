@@ -17,8 +17,8 @@ from tracer.meta import as_document, parse_meta, write_meta
 from tracer.schema import SCHEMA_VERSION, TABLES
 from tracer.trace import TraceMeta
 
-# byte planes make weights about 4% smaller at no cost worth naming
-DEFAULT_ENCODINGS = {"gate_weights": "byte_planes"}
+# against plain ids and byte planes of weights about a fifth of the bytes less, and read at least as fast
+DEFAULT_ENCODINGS = {"expert_ids": "changes", "gate_weights": "changes"}
 
 
 class TraceWriter:
@@ -35,8 +35,8 @@ class TraceWriter:
     path : str or Path
         Folder to write; made with its parents.
     meta : dict
-        ``meta.json`` without schema_version, created and complete. ``tables`` defaults to all four, ``encodings`` to byte
-        planes for gate_weights.
+        ``meta.json`` without schema_version, created and complete. ``tables`` defaults to all four, ``encodings`` to changes
+        for expert_ids and gate_weights.
     force : bool
         Replace a trace that is there. Only a trace: another folder or file is never touched.
     append : bool
@@ -205,7 +205,7 @@ class TraceWriter:
 
     def _end_segment(self) -> None:
         self._committer.submit(self._segment)
-        self._segment, self._pairs = OpenSegment(self.meta), set()
+        self._segment, self._pairs = OpenSegment(self.meta, self._segment), set()
 
     def _check_open(self) -> None:
         if not self._open:
