@@ -62,6 +62,13 @@ def survival(lines: pl.DataFrame) -> alt.TopLevelMixin:
     return _beside(lines, "How long an expert stays active", subtitle, "denoise steps", y)
 
 
+def residency(curve: pl.DataFrame) -> alt.TopLevelMixin:
+    """Share of wanted experts that stay wanted for some steps, a line a size of the set."""
+    subtitle = f"Share of the experts with most tokens that are among them in each of the next steps too. {HARDEST}"
+    y = alt.Y("value:Q", title="wanted experts still wanted", axis=alt.Axis(format="%")).scale(domain=[0, 1])
+    return _curves(curve, "How long an expert stays wanted", subtitle, "denoise steps", "experts of a layer", y)
+
+
 def working_set(lines: pl.DataFrame) -> alt.TopLevelMixin:
     """Distinct experts of windows of forwards, with what forwards in another order or independent ones would need."""
     subtitle = f"Distinct experts a layer over so many denoise forwards in a row; fewer is more alike. {GREY}"
@@ -87,7 +94,10 @@ def confidence(lines: pl.DataFrame) -> alt.TopLevelMixin:
 
 def seeds(lines: pl.DataFrame) -> alt.TopLevelMixin:
     """Cosine of expert popularity across recordings by layer, with every null."""
-    subtitle = f"Cosine of the loads of a layer's experts in two recordings, mean over their pairs. {GREY}"
+    subtitle = (
+        "Cosine of the loads of a layer's experts in two recordings, mean over their pairs. Grey: nulls of the same prompt. "
+        f"{INTERVAL}"
+    )
     y = alt.Y("value:Q", title="cosine of expert loads").scale(domain=[0, 1])
     return _beside(lines, "Popularity of experts across recordings", subtitle, "layer of the model", y)
 

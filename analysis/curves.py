@@ -141,14 +141,23 @@ def cosine(frame: pl.DataFrame) -> pl.DataFrame:
 
 def drift(frame: pl.DataFrame) -> pl.DataFrame:
     """Curve of the share of the wanted set that an earlier one lacks, by steps apart, a series a size of the set."""
-    moved = _narrowest(frame).filter(pl.col("metric") == "drift")
-    words = {str(budget): f"the {budget} most wanted" for budget in sorted(moved["budget"].unique().to_list())}
-    return _curve(moved.with_columns(pl.col("budget").cast(pl.String)), "distance", "budget", words, smaller=True)
+    return _by_budget(_narrowest(frame).filter(pl.col("metric") == "drift"), smaller=True)
+
+
+def _by_budget(frame: pl.DataFrame, smaller: bool) -> pl.DataFrame:
+    words = {str(budget): f"the {budget} most wanted" for budget in sorted(frame["budget"].unique().to_list())}
+    return _curve(frame.with_columns(pl.col("budget").cast(pl.String)), "distance", "budget", words, smaller)
 
 
 def survival(frame: pl.DataFrame) -> pl.DataFrame:
     """Share of active experts that stay active, by steps: lines as in :func:`beside`."""
-    return beside(_narrowest(frame), "survival", "distance", {MEASURED: pl.lit(True)})
+    active = _narrowest(frame).filter(pl.col("metric") == "survival")
+    return beside(active, "survival", "distance", {MEASURED: pl.lit(True)})
+
+
+def residency(frame: pl.DataFrame) -> pl.DataFrame:
+    """Curve of the share of a wanted set that stays wanted, by steps, a series a size of the set."""
+    return _by_budget(_narrowest(frame).filter(pl.col("metric") == "residency"), smaller=False)
 
 
 def working_set(frame: pl.DataFrame) -> pl.DataFrame:

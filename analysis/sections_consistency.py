@@ -70,6 +70,7 @@ PANELS: tuple[tuple[str, Callable[[pl.DataFrame], pl.DataFrame], Draw, str], ...
     ("cosine", curves.cosine, charts_consistency.cosine, "distance"),
     ("drift", curves.drift, charts_consistency.drift, "distance"),
     ("survival", curves.survival, charts_consistency.survival, "distance"),
+    ("survival", curves.residency, charts_consistency.residency, "distance"),
     ("working_set", curves.working_set, charts_consistency.working_set, "length"),
     ("growth", curves.growth, charts_consistency.growth, "number"),
     ("spatial", curves.spatial, charts_consistency.spatial, "distance"),

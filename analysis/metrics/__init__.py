@@ -95,10 +95,12 @@ def drift(trace: Trace, **parameters: Any) -> pl.DataFrame:
 
 
 def survival(trace: Trace, **parameters: Any) -> pl.DataFrame:
-    """Share of a step's active experts that stay active in every one of the next ``distance`` steps of the block.
+    """How long an expert stays, by distance in steps of a block.
 
-    Nulls: independent steps in which each expert is as often active as it is; the share of active experts on a static
-    list as long as the mean active set (hot); each request's steps in random order (shuffle).
+    ``survival``: share of a step's active experts that stay active in every one of the next ``distance`` steps;
+    ``residency``: the same of the wanted set of ``budget`` experts, as in :func:`drift`. Nulls: independent steps in
+    which each expert is as often there as it is; the share of the set on a static list as long as the mean set (hot);
+    each request's steps in random order (shuffle).
     """
     return _one("survival", trace, parameters)
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from analysis.metrics.bootstrap import Axes, Bootstrap, beats, divide, grid_frame, ordered_sum, with_total
-from analysis.metrics.load_kernels import load_pair_sums, survival_sums, window_sums
+from analysis.metrics.load_kernels import UNWANTED, load_pair_sums, member_sums, survival_sums, window_sums
 from analysis.metrics.nulls import all_drawn
 from analysis.metrics.settings import STANDARD, UNITS, Settings
 from analysis.metrics.stream import LayerView, Shape
@@ -24,7 +24,7 @@ DRIFT_COLUMNS = {
     "budget": pl.Int32,
     **{name: STANDARD[name] for name in ("distance", *_TAIL)},
 }
-SURVIVAL_COLUMNS = COSINE_COLUMNS
+SURVIVAL_COLUMNS = DRIFT_COLUMNS
 WORKING_SET_COLUMNS = {
     **{name: STANDARD[name] for name in ("metric", "scope", "layer")},
     "window": pl.Int32,
@@ -59,9 +59,13 @@ class LoadDynamics:
         layers, cells = len(shape.layers), UNITS * settings.distances
         self.pairs, self.cosine = np.zeros((layers, cells), np.int64), np.zeros((layers, cells))
         self.drift, self.missed = (np.zeros((layers, cells, len(self.budgets))) for _ in range(2))
-        self.risk, self.alive = (np.zeros((layers, UNITS, settings.distances), np.int64) for _ in range(2))
+        # The last set is that of all active experts.
+        sets = (*self.budgets.tolist(), UNWANTED)
+        self.sets = sets
+        self.risk, self.alive = (np.zeros((layers, len(sets), UNITS, settings.distances), np.int64) for _ in range(2))
         self.windowed, self.distinct = (np.zeros((layers, UNITS, len(self.windows)), np.int64) for _ in range(2))
-        self.active, self.steps = np.zeros((UNITS, layers, shape.experts), np.int64), np.zeros(layers, np.int64)
+        self.member = np.zeros((len(sets), UNITS, layers, shape.experts), np.int64)
+        self.steps = np.zeros(layers, np.int64)
         self.parts, self.spans = np.zeros(UNITS, np.int64), np.zeros((UNITS, settings.distances), np.int64)
         self.load = np.zeros((layers, shape.experts), np.int64)
         self.memory: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -93,12 +97,12 @@ class LoadDynamics:
         loads, ranks = view.loads(self.scope), view.ranks(self.scope)
         sums = self.pairs[layer], self.cosine[layer], self.drift[layer], self.missed[layer]
         load_pair_sums(loads, ranks, *self.pair_places, self.budgets, *sums)
-        survival_sums(loads, times.run_offsets, times.run_unit, self.risk[layer], self.alive[layer])
+        for number, budget in enumerate(self.sets):
+            risk, alive = self.risk[layer, number], self.alive[layer, number]
+            survival_sums(ranks, budget, times.run_offsets, times.run_unit, risk, alive)
+            member_sums(ranks, budget, times.unit, self.member[number, :, layer])
         state = self.slot, self.last[layer], self.clock[layer]
         window_sums(loads, times.unit, *state, self.windows, self.windowed[layer], self.distinct[layer])
-        if times.parts:
-            used = np.add.reduceat(loads > 0, times.run_offsets[:-1], axis=0, dtype=np.int64)
-            np.add.at(self.active[:, layer], times.run_unit, used)
         self.load[layer] += loads.sum(axis=0)
         self.steps[layer] += np.count_nonzero(loads.any(axis=1))
 
@@ -114,23 +118,31 @@ class LoadDynamics:
         shaped = array.reshape(len(array), UNITS, self.settings.distances, *array.shape[2:])[:, :units]
         return with_total(np.moveaxis(shaped, 0, 1), 1)
 
-    def _share(self) -> np.ndarray:
-        """Share of the steps with load in which each expert is active, float64 [L, E]."""
-        return np.nan_to_num(divide(ordered_sum(self.active, 0), self.steps[:, None]))
+    def _share(self, number: int) -> np.ndarray:
+        """Share of the steps with load in which each expert belongs to a set, float64 [L, E]."""
+        return np.nan_to_num(divide(ordered_sum(self.member[number], 0), self.steps[:, None]))
 
-    def _shuffled_survival(self, t: int) -> np.ndarray:
-        """Survival over t steps with the steps of each unit in random order, float64 [L + 1]."""
-        weight = self.spans[:, t - 1, None].astype(np.float64)
-        steps = self.parts[:, None, None]
-        alive, risk = (ordered_sum(all_drawn(self.active, steps, draws), 2) for draws in (t + 1, 1))
-        return divide(*(with_total(ordered_sum(weight * part, 0), 0) for part in (alive, risk)))
+    def _shuffled_survival(self, number: int, units: int) -> np.ndarray:
+        """Survival in a set with the steps of each unit in random order, float64 [L + 1, D]."""
+        member, steps = self.member[number, :units], self.parts[:units, None, None]
+        drawn = [ordered_sum(chance, 2) for chance in all_drawn(member, steps, self.settings.distances + 1)]
+        out = []
+        for t, alive in enumerate(drawn[1:]):
+            weight = self.spans[:units, t, None].astype(np.float64)
+            out.append(divide(*(with_total(ordered_sum(weight * part, 0), 0) for part in (alive, drawn[0]))))
+        return np.stack(out, axis=1)
 
-    def _shuffled_windows(self, place: int, w: int) -> np.ndarray:
-        """Distinct experts of a window of w forwards with the forwards of each unit in random order, float64 [L + 1]."""
-        steps = self.parts[:, None, None]
-        distinct = ordered_sum(1 - all_drawn(steps - self.active, steps, w), 2)
-        counted = self.windowed[:, :, place].T
-        return divide(*(with_total(ordered_sum(part, 0), 0) for part in (counted * distinct, counted)))
+    def _shuffled_windows(self, units: int) -> np.ndarray:
+        """Distinct experts of windows with the forwards of each unit in random order, float64 [L + 1, W]."""
+        steps = self.parts[:units, None, None]
+        windows = self.windows.tolist()
+        missed = all_drawn(steps - self.member[-1, :units], steps, max(windows))
+        sums = {w: ordered_sum(1 - chance, 2) for w, chance in enumerate(missed, 1) if w in windows}
+        out = []
+        for place, w in enumerate(windows):
+            counted = self.windowed[:, :units, place].T
+            out.append(divide(*(with_total(ordered_sum(part, 0), 0) for part in (counted * sums[w], counted))))
+        return np.stack(out, axis=1)
 
     def cosine_frame(self, bootstrap: Bootstrap, nulls: dict[str, dict[str, np.ndarray]]) -> pl.DataFrame:
         """Cosine of the count vectors of two denoise forwards of a block, by distance in steps."""
@@ -165,27 +177,37 @@ class LoadDynamics:
         return _complete(beats(pl.concat(frames), smaller=("drift", "missed")), DRIFT_COLUMNS)
 
     def survival_frame(self, bootstrap: Bootstrap) -> pl.DataFrame:
-        """Share of the experts active at a step that stay active in every one of the next ``distance`` steps of the
-        block.
+        """``survival``: share of the experts active at a step that stay active in every one of the next ``distance`` steps
+        of the block. ``residency``: the same of the wanted top-B set, see :meth:`drift_frame`.
 
-        null_independent: steps independent of each other, each expert as often active as it is, sum q^(t+1) / sum q.
-        null_hot: the share of active experts that are on a static list as long as the mean active set. null_shuffle:
-        each request's steps in random order.
+        null_independent: steps independent of each other, each expert as often in the set as it is, sum q^(t+1) / sum
+        q. null_hot: the share of the set that is on a static list as long as the mean set. null_shuffle: each request's
+        steps in random order.
         """
-        risk, alive = (np.moveaxis(array[:, : bootstrap.units], 0, 1) for array in (self.risk, self.alive))
-        risk, alive = with_total(risk, 1), with_total(alive, 1)
-        value, low, high = bootstrap.ratio(alive, risk)
-        share = self._share()
-        distances = range(1, self.settings.distances + 1)
-        whole = with_total(ordered_sum(share, 1), 0)
-        expected = np.stack([with_total(ordered_sum(share ** (t + 1), 1), 0) for t in distances], axis=1)
-        listed = [ordered_sum(np.sort(row)[::-1][: round(float(ordered_sum(row, 0)))], 0) for row in share]
-        columns = {"value": value, "low": low, "high": high, "n": ordered_sum(risk, 0)}
-        columns["null_independent"] = divide(expected, whole[:, None])
-        columns["null_hot"] = divide(with_total(np.array(listed, np.float64), 0), whole)[:, None]
-        columns["null_shuffle"] = np.stack([self._shuffled_survival(t) for t in distances], axis=1)
-        axes: Axes = {"metric": ["survival"], "scope": [self.scope], "layer": self.shape.labels, "distance": distances}
-        return _complete(beats(grid_frame(axes, columns)), SURVIVAL_COLUMNS)
+        units, distances = bootstrap.units, range(1, self.settings.distances + 1)
+        frames = []
+        for number in (len(self.sets) - 1, *range(len(self.sets) - 1)):
+            risk, alive = (np.moveaxis(array[:, number, :units], 0, 1) for array in (self.risk, self.alive))
+            risk, alive = with_total(risk, 1), with_total(alive, 1)
+            value, low, high = bootstrap.ratio(alive, risk)
+            share = self._share(number)
+            whole = with_total(ordered_sum(share, 1), 0)
+            expected = np.stack([with_total(ordered_sum(share ** (t + 1), 1), 0) for t in distances], axis=1)
+            listed = [ordered_sum(np.sort(row)[::-1][: round(float(ordered_sum(row, 0)))], 0) for row in share]
+            columns = {"value": value, "low": low, "high": high, "n": ordered_sum(risk, 0)}
+            columns["null_independent"] = divide(expected, whole[:, None])
+            columns["null_hot"] = divide(with_total(np.array(listed, np.float64), 0), whole)[:, None]
+            columns["null_shuffle"] = self._shuffled_survival(number, units)
+            active = self.sets[number] == UNWANTED
+            axes: Axes = {
+                "metric": ["survival" if active else "residency"],
+                "scope": [self.scope],
+                "budget": [None if active else self.sets[number]],
+                "layer": self.shape.labels,
+                "distance": distances,
+            }
+            frames.append(grid_frame(axes, columns, {"budget": pl.Int32}))
+        return _complete(beats(pl.concat(frames)), SURVIVAL_COLUMNS)
 
     def working_set_frame(self, bootstrap: Bootstrap) -> pl.DataFrame:
         """W(w): distinct experts a layer over windows of w consecutive denoise forwards of a request; all layers: the
@@ -197,14 +219,12 @@ class LoadDynamics:
         counted, distinct = (np.moveaxis(array[:, : bootstrap.units], 0, 1) for array in (self.windowed, self.distinct))
         counted, distinct = with_total(counted, 1), with_total(distinct, 1)
         value, low, high = bootstrap.ratio(distinct, counted)
-        share = self._share()
+        share = self._share(len(self.sets) - 1)
         expected = np.stack([ordered_sum(1 - (1 - share) ** w, 1) for w in self.windows], axis=1)
         mean = ordered_sum(expected, 0) / max(1, len(expected))
         columns = {"value": value, "low": low, "high": high, "n": ordered_sum(counted, 0)}
         columns["null_independent"] = np.concatenate([expected, mean[None]])
-        columns["null_shuffle"] = np.stack(
-            [self._shuffled_windows(place, int(w)) for place, w in enumerate(self.windows)], axis=1
-        )
+        columns["null_shuffle"] = self._shuffled_windows(bootstrap.units)
         axes: Axes = {"metric": ["working_set"], "scope": [self.scope], "layer": self.shape.labels}
         frame = grid_frame({**axes, "window": self.windows.tolist()}, columns, {"window": pl.Int32})
         return _complete(beats(frame, smaller=("working_set",)), WORKING_SET_COLUMNS)

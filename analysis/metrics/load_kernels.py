@@ -99,22 +99,39 @@ def load_pair_sums(loads, ranks, earlier, later, cell, budgets, pairs, cosine, d
 
 
 @njit
-def survival_sums(loads, run_offsets, run_unit, risk, alive):
-    """Experts active at a step (``risk``) and those of them active at each of the next t steps too (``alive``), int64
-    [G, T]."""
-    experts = loads.shape[1]
-    age = np.zeros(experts, np.int64)
-    longest = risk.shape[1]
+def survival_sums(ranks, budget, run_offsets, run_unit, risk, alive):
+    """Experts of rank below ``budget`` at a step (``risk``) and those of them that are at each of the next t steps too
+    (``alive``), int64 [G, T]."""
+    experts, longest = ranks.shape[1], risk.shape[1]
+    age, size = np.zeros(experts, np.int64), np.zeros(len(ranks), np.int64)
+    held = np.zeros(longest + 2, np.int64)
     for r in range(len(run_offsets) - 1):
         g, start = run_unit[r], run_offsets[r]
         age[:] = 0
         for p in range(start, run_offsets[r + 1]):
+            held[:] = 0
             for e in range(experts):
-                age[e] = age[e] + 1 if loads[p, e] > 0 else 0
-            for t in range(1, min(longest, p - start) + 1):
-                for e in range(experts):
-                    risk[g, t - 1] += loads[p - t, e] > 0
-                    alive[g, t - 1] += age[e] > t
+                if ranks[p, e] < budget:
+                    age[e] += 1
+                    size[p] += 1
+                    held[min(age[e], longest + 1)] += 1
+                else:
+                    age[e] = 0
+            lasting = 0
+            for t in range(longest, 0, -1):
+                lasting += held[t + 1]
+                if t <= p - start:
+                    risk[g, t - 1] += size[p - t]
+                    alive[g, t - 1] += lasting
+
+
+@njit
+def member_sums(ranks, budget, unit, member):
+    """Steps at which each expert has a rank below ``budget``, added to int64 [G, E]."""
+    for p in range(len(ranks)):
+        g = unit[p]
+        for e in range(ranks.shape[1]):
+            member[g, e] += ranks[p, e] < budget
 
 
 @njit

@@ -8,6 +8,8 @@ position of its request's previous block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from analysis.metrics.bootstrap import divide, ordered_sum, with_total
@@ -176,14 +178,14 @@ def uniform_unique(experts: int, top_k: np.ndarray, counts: np.ndarray) -> np.nd
     return experts * (1 - (1 - top_k[:, None] / experts) ** counts[None, :])
 
 
-def all_drawn(marked: np.ndarray, steps: np.ndarray, draws: int) -> np.ndarray:
-    """Chance that ``draws`` of ``steps``, taken at random without return, all lie among the ``marked`` ones; 0 where there
-    are fewer steps.
+def all_drawn(marked: np.ndarray, steps: np.ndarray, longest: int) -> Iterator[np.ndarray]:
+    """Chances that 1, 2, .. ``longest`` of ``steps``, taken at random without return, all lie among the ``marked`` ones.
 
-    This is what putting the forwards of a request in random order makes of an expert that ``marked`` of them use.
+    0 where there are fewer steps. This is what putting the forwards of a request in random order makes of an expert
+    that ``marked`` of them use.
     """
     chance = np.ones(np.broadcast_shapes(marked.shape, steps.shape))
-    for taken in range(draws):
-        left = np.maximum(steps - taken, 1)
-        chance = chance * (np.maximum(marked - taken, 0) / left)
-    return chance * (steps >= draws)
+    for taken in range(longest):
+        # Once more are taken than are marked a factor is 0, so those after it need not be right.
+        chance = chance * (np.maximum(marked - taken, 0) / np.maximum(steps - taken, 1))
+        yield chance

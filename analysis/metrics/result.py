@@ -21,10 +21,14 @@ _HEADLINE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("same position, farthest step: Jaccard", "overlap", {"metric": "jaccard", "state": "all", "distance": "last"}),
     ("expert counts, next step: cosine", "cosine", {"distance": 1}),
     ("wanted set, share that changes a step", "drift", {"metric": "drift", "distance": 1, "budget": "middle"}),
-    ("active expert still active next step", "survival", {"distance": 1}),
+    ("active expert still active next step", "survival", {"metric": "survival", "distance": 1}),
+    ("wanted expert still wanted next step", "survival", {"metric": "residency", "distance": 1, "budget": "middle"}),
+    ("distinct experts over 8 forwards", "working_set", {"window": 8}),
     ("neighbouring positions: Jaccard", "spatial", {"metric": "jaccard", "state": "all", "distance": 1}),
+    ("  both masked", "spatial", {"metric": "jaccard", "state": "masked", "distance": 1}),
+    ("  one masked, one known", "spatial", {"metric": "jaccard", "state": "mixed", "distance": 1}),
     ("unique experts a forward and layer", "unique", {"metric": "unique_mean", "state": "all"}),
-    ("  their standard deviation", "unique", {"metric": "unique_sd", "state": "all"}),
+    ("  their coefficient of variation", "unique", {"metric": "unique_cv", "state": "all"}),
     ("next layer's experts foretold", "predictability", {"metric": "recall"}),
     ("load skew: Gini", "balance", {"metric": "gini"}),
     ("experts never used, a layer", "balance", {"metric": "dead_experts"}),
@@ -101,7 +105,7 @@ def _pick(frame: pl.DataFrame, wanted: dict[str, Any]) -> dict[str, Any] | None:
         if value == "last":
             value = frame[column].max()
         elif value == "middle":
-            values = frame[column].unique().sort()
+            values = frame[column].drop_nulls().unique().sort()
             value = values[(len(values) - 1) // 2] if len(values) else None
         frame = frame.filter(pl.col(column).eq_missing(pl.lit(value)))
     return frame.row(0, named=True) if frame.height else None

@@ -110,7 +110,7 @@ def test_every_null_is_a_line():
     ):
         frame = frames[name]
         rows = [r for r in frame.iter_rows(named=True) if (r["layer"] is None) != (name == "predictability")]
-        rows = [r for r in rows if r.get("scope", "block") == "block"]
+        rows = [r for r in rows if r.get("scope", "block") == "block" and r["metric"] != "residency"]
         lines = gather(frame)
         nulls = {n for n in curves.NULLS if n in frame.columns}
         for null in nulls:
@@ -142,6 +142,13 @@ def test_drift_and_confidence_hold_the_figures_of_their_frames():
     }
     found = curves.drift(frames["drift"]).select("series", "at", "value", "null", "null_name")
     assert {row[:2]: row[2:] for row in found.rows()} == want
+    want = {
+        (f"the {row['budget']} most wanted", row["distance"]): (row["value"], *naive_hardest(row, False))
+        for row in frames["survival"].iter_rows(named=True)
+        if (row["metric"], row["scope"], row["layer"]) == ("residency", "block", None)
+    }
+    found = curves.residency(frames["survival"]).select("series", "at", "value", "null", "null_name")
+    assert {row[:2]: row[2:] for row in found.rows()} == want
     lines = curves.confidence(frames["confidence"])
     for line, column in (("predictions that are not final", "value"), ("mean confidence", "confidence")):
         drawn = lines.filter(line=line).select("at", "value").rows()
@@ -153,7 +160,7 @@ def test_charts_validate_and_are_bounded():
     made = {f"{name} {draw.__name__}": draw(gather(result.frames[name])) for name, gather, draw, _ in PANELS}
     made |= {draw.__name__: draw(replayed.interval()) for draw in charts_interval.ALL}
     made["seeds"] = charts_consistency.seeds(curves.seeds(replayed.seeds()))
-    assert len(made) == 17
+    assert len(made) == 18
     for name, chart in made.items():
         spec = chart.to_dict(validate=True)
         assert 0 < sum(len(rows) for rows in spec["datasets"].values()) <= MAX_ROWS, name

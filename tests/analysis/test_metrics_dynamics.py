@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,13 +72,18 @@ def naive_pairs(trace, scope, distances, budgets):
     return out
 
 
-def naive_survival(trace, scope, distances):
+def members(load, budget):
+    """The experts of a step that count: the wanted ones, or with no budget all that are active."""
+    return set(load) if budget is None else wanted(load, budget)
+
+
+def naive_survival(trace, scope, distances, budget=None):
     """{(layer, distance): (share, n)}."""
     risk, alive = Counter(), Counter()
     layers = trace.meta.model.moe_layers
     for _, _, _, steps in naive_runs(trace):
         for layer in layers:
-            active = [set(naive_loads(step, layer, scope)) for step in steps]
+            active = [members(naive_loads(step, layer, scope), budget) for step in steps]
             for s, experts in enumerate(active):
                 for t in range(1, distances + 1):
                     if s + t < len(steps):
@@ -116,7 +123,7 @@ def naive_working_set(trace, scope, windows):
     return out
 
 
-def naive_shuffles(trace, scope, distances, windows):
+def naive_shuffles(trace, scope, distances, windows, budget=None):
     """Survival {(layer, distance)} and working sets {(layer, window)} where each request's forwards change places at random.
 
     Of n forwards an expert is active in a, so k of them that are drawn are all among these in C(a, k) of C(n, k) cases.
@@ -129,7 +136,9 @@ def naive_shuffles(trace, scope, distances, windows):
     for blocks in requests.values():
         n = sum(len(steps) for steps in blocks)
         for layer in layers:
-            uses = Counter(e for steps in blocks for step in steps for e in naive_loads(step, layer, scope))
+            uses = Counter(
+                e for steps in blocks for step in steps for e in members(naive_loads(step, layer, scope), budget)
+            )
             for t in range(1, distances + 1):
                 spans = sum(max(0, len(steps) - t) for steps in blocks)
                 alive = sum(Fraction(math.comb(a, t + 1), math.comb(n, t + 1)) for a in uses.values()) if n > t else 0
@@ -150,7 +159,7 @@ def naive_shuffles(trace, scope, distances, windows):
     return out
 
 
-def naive_chances(trace, scope, distances, windows):
+def naive_chances(trace, scope, distances, windows, budget=None):
     """The same without order: forwards in which each expert is as often active as it is, and a list as long as the mean set."""
     layers, experts = trace.meta.model.moe_layers, trace.meta.model.num_experts
     uses, filled = {layer: Counter() for layer in layers}, Counter()
@@ -159,7 +168,7 @@ def naive_chances(trace, scope, distances, windows):
             for layer in layers:
                 found = naive_loads(step, layer, scope)
                 filled[layer] += bool(found)
-                uses[layer].update(set(found))
+                uses[layer].update(members(found, budget))
     share = {layer: [uses[layer][e] / max(1, filled[layer]) for e in range(experts)] for layer in layers}
     out = {}
     for layer in (*layers, None):
@@ -178,13 +187,16 @@ def naive_chances(trace, scope, distances, windows):
 @settings(max_examples=60, deadline=None)
 @given(traces(), st.integers(1, 8), st.lists(st.integers(1, 12), min_size=1, max_size=3, unique=True))
 def test_nulls_of_survival_and_working_sets_are_the_definition(trace, distances, windows):
-    made = survival(trace, distances=distances, **QUICK), working_set(trace, windows=tuple(windows), **QUICK)
-    for scope in ("block", "forward"):
-        shuffled = naive_shuffles(trace, scope, distances, windows)
-        chances = naive_chances(trace, scope, distances, windows)
-        for frame, at in zip(made, ("distance", "window")):
+    alive = survival(trace, distances=distances, budgets=(2,), **QUICK)
+    sets = working_set(trace, windows=tuple(windows), **QUICK)
+    for scope, budget in product(("block", "forward"), (None, 2)):
+        shuffled = naive_shuffles(trace, scope, distances, windows, budget)
+        chances = naive_chances(trace, scope, distances, windows, budget)
+        for frame, at in ((alive.filter(pl.col("budget").eq_missing(budget)), "distance"), (sets, "window")):
+            if at == "window" and budget:
+                continue
             for row in frame.filter(scope=scope).iter_rows(named=True):
-                key = row["metric"], row["layer"], row[at]
+                key = row["metric"].replace("residency", "survival"), row["layer"], row[at]
                 # Chances are products of floats here and quotients of whole numbers there.
                 assert row["null_shuffle"] == pytest.approx(shuffled[key], rel=1e-12, abs=1e-15)
                 hot = [row["null_hot"]] if at == "distance" else []
@@ -210,11 +222,16 @@ def test_cosine_and_drift_are_the_definition(trace, distances, budgets):
 @given(traces(), st.integers(1, 8), st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True))
 def test_survival_and_working_sets_are_the_definition(trace, distances, windows):
     windows = tuple(windows)
-    alive = survival(trace, distances=distances, **QUICK)
+    budgets = (1, 3)
+    alive = survival(trace, distances=distances, budgets=budgets, **QUICK)
     sets = working_set(trace, windows=windows, **QUICK)
     for scope in ("block", "forward"):
-        found = fields(alive.filter(scope=scope), "layer", "distance")
-        assert {key: (row["value"], row["n"]) for key, row in found.items()} == naive_survival(trace, scope, distances)
+        for budget in (None, *budgets):
+            chosen = alive.filter(pl.col("budget").eq_missing(budget), scope=scope)
+            assert set(chosen["metric"]) <= {"survival" if budget is None else "residency"}
+            found = fields(chosen, "layer", "distance")
+            expected = naive_survival(trace, scope, distances, budget)
+            assert {key: (row["value"], row["n"]) for key, row in found.items()} == expected
         found = fields(sets.filter(scope=scope), "layer", "window")
         assert {key: (row["value"], row["n"]) for key, row in found.items()} == naive_working_set(trace, scope, windows)
 
@@ -243,7 +260,7 @@ def test_survival_null_follows_the_formula():
     # Expert 0 is active in every step, 1 and 2 in every other one.
     sets = np.array([[[0, 1]], [[0, 2]]] * 3)
     frame = survival(written_trace({4: sets}, np.full((6, 1), MASKED), block_length=1, experts=3), distances=2)
-    row = frame.filter(scope="block", layer=4, distance=2).row(0, named=True)
+    row = frame.filter(scope="block", metric="survival", layer=4, distance=2).row(0, named=True)
     assert row["null_independent"] == (1 + 0.5**3 + 0.5**3) / 2
     assert row["null_hot"] == (1 + 0.5) / 2
     # Of three steps drawn from six, expert 0 is in all; 1 and 2 are in one case of twenty each. Two are active a step.

@@ -310,6 +310,7 @@ def test_stored_traces_and_replays_are_summarised(tmp_path):
         "Expert counts from step to step",
         "Drift of the wanted set",
         "How long an expert stays active",
+        "How long an expert stays wanted",
         "Working set of a window",
         "Unique experts against rows",
         "Overlap of neighbouring positions",
