@@ -23,7 +23,7 @@ def capacity_and_sizes(policy: Budgeted, geometry: Geometry, layer: int | None) 
     if layer is None:
         sizes = np.array([geometry.expert_bytes[one] for one in geometry.layers], np.int64)
         return policy.total_bytes(geometry), sizes
-    return policy.experts_per_layer(geometry, layer), np.ones(1, np.int64)
+    return policy.experts_per_layer(geometry, layer), np.array([1], np.int64)
 
 
 def demand_placement(serve: Callable[..., None], stream: ExpertStream, sizes: np.ndarray, *arguments: Any) -> Placement:
@@ -33,7 +33,7 @@ def demand_placement(serve: Callable[..., None], stream: ExpertStream, sizes: np
     ----------
     serve : callable
         ``serve(offsets, experts, cell_layer, sizes, *arguments, hit, promoted, demoted, peak)``; a key is the expert, or
-        layer * E + expert where there are several sizes, ``peak`` int64 [C, 2] takes the size and the number of experts held.
+        layer * E + expert where there are several sizes, ``peak`` int64 [2, C] takes the number and the size of the experts held.
     stream : ExpertStream
         Of one layer, or of all where ``sizes`` has more than one.
     sizes : np.ndarray
@@ -44,15 +44,16 @@ def demand_placement(serve: Callable[..., None], stream: ExpertStream, sizes: np
     cells = len(stream.cell_forward)
     shared = len(sizes) > 1 or sizes[0] != 1
     hit = np.empty(len(stream.experts), bool)
-    promoted, demoted = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
-    peak = np.empty((cells, 2), np.int64)
-    serve(stream.offsets, stream.experts, stream.cell_layer, sizes, *arguments, hit, promoted, demoted, peak)
+    # One array cut up: small streams are many, one a segment, layer and budget.
+    counts = np.zeros((5, cells), np.int64)
+    promoted, demoted, copied_back, resident, resident_bytes = counts
+    serve(stream.offsets, stream.experts, stream.cell_layer, sizes, *arguments, hit, promoted, demoted, counts[3:])
     return Placement(
         hit=hit,
         on_gpu=np.ones(len(hit), bool),
         promotions=promoted,
         demotions=demoted,
-        copied_back=np.zeros(cells, np.int64),
-        resident=peak[:, 1].copy(),
-        resident_bytes=peak[:, 0].copy() if shared else None,
+        copied_back=copied_back,
+        resident=resident,
+        resident_bytes=resident_bytes if shared else None,
     )

@@ -144,7 +144,7 @@ def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, ca
         size_held += missed * size
         keys_held += missed
         promoted[c] = missed
-        peak[c, 0], peak[c, 1] = size_held, keys_held
+        peak[0, c], peak[1, c] = keys_held, size_held
         if size_held > capacity and size * (stop - start) > capacity:
             held[2], held[3] = heaped, listed
             _evict_others(cache, rule.forget, last_batch, c)
@@ -177,7 +177,7 @@ def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, ca
                 heaped -= 1
                 if heaped > 0:
                     _sink(heap_priority, heap_key, heaped, np.int64(0), heap_priority[heaped], heap_key[heaped])
-        demoted[c] = peak[c, 1] - keys_held
+        demoted[c] = peak[0, c] - keys_held
         for i in range(np.uint64(start), np.uint64(stop)):
             key = first + np.uint64(experts[i])
             if not waits[key] and not (rule.grows and queued[key]):

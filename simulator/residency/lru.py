@@ -101,7 +101,7 @@ def _serve(offsets, experts, cell_layer, sizes, last_touch, capacity, cache, hit
         size_held = held[0] + missed * size
         promoted[c] = missed
         held[1] += missed
-        peak[c, 0], peak[c, 1] = size_held, held[1]
+        peak[0, c], peak[1, c] = held[1], size_held
         # The queue ends before the batch here, so nothing it touched can be evicted.
         gone = 0
         while size_held > capacity and oldest < end:
