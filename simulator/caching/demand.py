@@ -33,7 +33,7 @@ def demand_placement(serve: Callable[..., None], stream: ExpertStream, sizes: np
     ----------
     serve : callable
         ``serve(offsets, experts, cell_layer, sizes, *arguments, hit, promoted, demoted, peak)``; a key is the expert, or
-        layer * E + expert where there are several sizes, ``peak`` int64 [2, C] takes the number and the size of the experts held.
+        layer * E + expert where there are several sizes, ``peak`` int64 [2, C] takes number and size of those held.
     stream : ExpertStream
         Of one layer, or of all where ``sizes`` has more than one.
     sizes : np.ndarray
