@@ -232,44 +232,46 @@ def join_changes_of_eight(changed, changed_starts, ids, id_starts, calls, row_of
     """
     one, byte, top, ones = np.uint64(1), np.uint64(255), np.uint64(56), np.uint64(0x0101010101010101)
     for m in range(len(calls)):
-        place, end = id_starts[m], id_starts[m + 1]
+        # unsigned, and slices from 0 on: an index that may be negative takes a comparison more
+        place, end = np.uint64(id_starts[m]), np.uint64(id_starts[m + 1])
         bitmap = changed_starts[m] - row_offsets[calls[m]]
         for r in range(bounds[calls[m]], bounds[calls[m] + 1]):
-            link, first = runs[r, LINK], runs[r, FIRST]
-            linked = link >= 0 and present[runs[r, LINK_CALL]]
-            for t in range(first, runs[r, LAST]):
-                mask = changed[bitmap + t]
-                row = np.uint64(0)
-                if linked:
-                    row = out[link + t - first]
-                    flags = SPREAD[mask]
-                    row &= ~(flags * byte)
+            link, first, last = runs[r, LINK], runs[r, FIRST], runs[r, LAST]
+            masks, rows = changed[bitmap + first : bitmap + last], out[first:last]
+            if link >= 0 and present[runs[r, LINK_CALL]]:
+                earlier = out[link : link + last - first]
+                for i in range(len(rows)):
+                    flags = SPREAD[masks[i]]
                     # times 1 << 8j, an id moves into slot j; few rows have more than two new ids, so two go without a branch
                     rest = flags & (flags - one)
+                    row = earlier[i] & ~(flags * byte)
                     row |= np.uint64(ids[place]) * (flags & (~flags + one))
-                    row |= np.uint64(ids[place + 1]) * (rest & (~rest + one))
-                    # the flags' sum
-                    count = np.int64((flags * ones) >> top)
+                    row |= np.uint64(ids[place + one]) * (rest & (~rest + one))
                     rest &= rest - one
-                    later = place + 2
+                    later = place + one + one
                     while rest != 0:
                         row |= np.uint64(ids[later]) * (rest & (~rest + one))
                         rest &= rest - one
-                        later += 1
-                    place += count
+                        later += one
+                    # the flags' sum
+                    place += (flags * ones) >> top
                     if place > end:
                         return 4 * m + TOO_FEW
-                elif mask == 255:
-                    if place + 8 > end:
+                    rows[i] = row
+                continue
+            for i in range(len(rows)):
+                row = np.uint64(0)
+                if masks[i] == 255:
+                    if place + np.uint64(8) > end:
                         return 4 * m + TOO_FEW
                     expert = np.uint64(0)
                     for k in range(8):
-                        expert = (expert + np.uint64(ids[place + k])) & byte
+                        expert = (expert + np.uint64(ids[place])) & byte
                         row |= expert << np.uint64(8 * k)
-                    place += 8
-                elif mask != 0:
+                        place += one
+                elif masks[i] != 0:
                     return 4 * m + BITS
-                out[t] = row
+                rows[i] = row
         if place != end:
             return 4 * m + TOO_MANY
     return -1
