@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.metrics import SEEDS_COLUMNS, Settings, across_seeds, consistency
+from analysis.metrics.settings import UNITS
 from tests.analysis.test_metrics_layers import naive_loads, naive_measures
 from tests.analysis.traces import QUICK, MemoryTrace, add_up, fields, random_trace, written_trace
 from tracer.errors import UserError
@@ -204,3 +205,9 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence():
     silent = written_trace({1: np.full((1, 2, 3), -1)}, np.full((1, 2), MASKED), block_length=2, experts=24)
     with pytest.raises(UserError, match="other routes nothing"):
         across_seeds({"one": trace, "other": silent})
+
+
+def test_more_requests_than_units_are_compared_as_a_whole_only():
+    many = prompts_of_their_own(1, requests=UNITS + 3, steps=1, width=1, experts=3 * (UNITS + 3))
+    frame = across_seeds({"one": many, "other": many}, replicates=5)
+    assert set(frame["between"]) == {"traces"} and frame["low"].null_count() == 0
