@@ -144,6 +144,9 @@ def capture(
         bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own code.")
     ] = False,
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Store the prompts' text in the trace.")] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Smaller files; ids and weights as what differs from call to call.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished prompt.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -168,6 +171,7 @@ def capture(
         temperature=temperature,
         seed=seed,
         keep_text=keep_text,
+        compact=compact,
         force=force,
         resume=resume,
         device=device,

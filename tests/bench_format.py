@@ -95,13 +95,14 @@ def count_unique(path):
     )
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=[(shape, compact) for shape in SHAPES for compact in (False, True)], ids=str)
 def kept(request):
+    shape, compact = request.param
     patch = pytest.MonkeyPatch()
     patch.setattr(synthetic, "TraceWriter", Kept)
-    synthesize("unused", **SHAPES[request.param])
+    synthesize("unused", **SHAPES[shape], compact=compact)
     patch.undo()
-    return request.param, Kept.last
+    return f"{shape}{', compact' * compact}", Kept.last
 
 
 def entropy(trace, temporal, skew):
@@ -124,20 +125,27 @@ def entropy(trace, temporal, skew):
 
 @pytest.mark.bench
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("compact", [False, True], ids=["default", "compact"])
 @pytest.mark.parametrize("temporal", [0.9, 0.95])
-def test_bytes_on_disk(temporal, shape, tmp_path, benchmark, capsys):
+def test_bytes_on_disk(temporal, compact, shape, tmp_path, benchmark, capsys):
     path = tmp_path / "a.trace"
-    options = {**SHAPES[shape], "requests": 3 if shape == "cached" else 1, "temporal": temporal, "spatial": 0.0}
+    options = {
+        **SHAPES[shape],
+        "requests": 3 if shape == "cached" else 1,
+        "temporal": temporal,
+        "spatial": 0.0,
+        "compact": compact,
+    }
     benchmark.pedantic(synthesize, (path,), {**options, "force": True}, rounds=1)
     sizes = describe(open_trace(path))["bytes_per_decision"]
     going_on, floor = entropy(open_trace(path), temporal, 0.6)
     benchmark.extra_info.update(sizes, entropy=floor)
     with capsys.disabled():
         print(
-            f"\nbytes a decision, {shape}, experts stay with chance {temporal}: ids {sizes['ids']:.3f} (entropy of changes "
-            f"{going_on:.3f}, with first sets in order {floor:.3f}: {sizes['ids'] / floor:.2f} times; goal <= 0.20 where "
-            f"changes hold 0.14, 1.35 times), ids and weights {sizes['ids_and_weights']:.3f} (goal <= 1.5), everything "
-            f"{sizes['all']:.3f}"
+            f"\nbytes a decision, {shape}{', compact' * compact}, experts stay with chance {temporal}: ids {sizes['ids']:.3f} "
+            f"(entropy of changes {going_on:.3f}, with first sets in order {floor:.3f}: {sizes['ids'] / floor:.2f} times; goal "
+            f"<= 0.20 where changes hold 0.14, 1.35 times), ids and weights {sizes['ids_and_weights']:.3f} (goal <= 1.5), "
+            f"everything {sizes['all']:.3f}"
         )
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from cli import app
 from tracer.check import check
 from tracer.parquet import open_trace
+from tracer.schema import COMPACT_ENCODINGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +65,19 @@ def test_info_and_check(trace):
     assert facts["model"]["id"] == "demo:llada2"
     assert run("info", trace).exit_code == 0
     assert json.loads(run("check", trace, "--json").stdout)["faults"] == []
+
+
+def test_compact_files_are_smaller_and_hold_the_same(trace, tmp_path):
+    small = tmp_path / "small.trace"
+    options = ("--prompt", "def main(", "--gen-length", 32, "--level", "scores", "--compact")
+    assert run("capture", "demo:llada2", "--out", small, *options).exit_code == 0
+    assert json.loads(run("check", small, "--json").stdout)["faults"] == []
+    assert json.loads((small / "meta.json").read_text())["encodings"] == COMPACT_ENCODINGS
+    sizes = [json.loads(run("info", path, "--json").stdout)["bytes_per_decision"] for path in (trace, small)]
+    assert sizes[1]["ids_and_weights"] < 0.9 * sizes[0]["ids_and_weights"]
+    cells = [open_trace(path).scan("routing").collect() for path in (trace, small)]
+    keys = ["forward_id", "layer", "row", "expert_id"]
+    assert cells[0].drop("slot").sort(keys).equals(cells[1].drop("slot").sort(keys))
 
 
 def test_replay_json_and_parquet(trace, tmp_path):

@@ -15,6 +15,7 @@ from tracer.capture_plan import CapturePlan, as_size
 from tracer.decode import decode_llada2, decode_own, decode_sdar
 from tracer.parquet import open_trace
 from tracer.record import Recorder, record
+from tracer.schema import COMPACT_ENCODINGS
 
 SMALL_MODEL = 50_000_000
 
@@ -86,6 +87,7 @@ def run_capture(plan: CapturePlan, on_step: Callable[[int, float, int], None] | 
                 force=options.force,
                 append=options.resume,
                 first_request=first_request,
+                meta={"encodings": COMPACT_ENCODINGS} if options.compact else None,
             ) as recorder,
         ):
             for number in range(finished, len(plan.prompts)):

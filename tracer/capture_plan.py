@@ -33,6 +33,7 @@ class CaptureOptions:
     temperature: float = 0.0
     seed: int = 0
     keep_text: bool = False
+    compact: bool = False
     force: bool = False
     resume: bool = False
     device: str = "auto"

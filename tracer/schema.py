@@ -37,6 +37,10 @@ GROUP_SCORES = ("top2_sum", "max")
 # gate_weights "changes": with d the difference, modulo 2^16, of a weight's bits to those of the same slot of the linked row (to
 # 0 without one), 2d or, where d as an int16 is negative, -2d - 1; its low byte here, its high byte in ``gate_weights_high``.
 ENCODINGS = ("plain", "byte_planes", "changes")
+# What a writer does unless told otherwise: cells that any Parquet reader can take apart. The compact ones are a sixth to a
+# quarter smaller.
+DEFAULT_ENCODINGS = {"gate_weights": "byte_planes"}
+COMPACT_ENCODINGS = {"expert_ids": "changes", "gate_weights": "changes"}
 # columns that encoding "changes" adds
 COMPANIONS = {"expert_ids": "changed", "gate_weights": "gate_weights_high"}
 

@@ -15,7 +15,16 @@ import numpy as np
 
 from tracer.errors import UserError
 from tracer.files.writer import TraceWriter
-from tracer.schema import DECODED, LEVELS, MASKED, PROMPT, SCORE_FUNCTIONS, TABLES
+from tracer.schema import (
+    COMPACT_ENCODINGS,
+    DECODED,
+    DEFAULT_ENCODINGS,
+    LEVELS,
+    MASKED,
+    PROMPT,
+    SCORE_FUNCTIONS,
+    TABLES,
+)
 from tracer.synthetic_sets import Recipe
 
 MASK_ID, EOS_ID, FIRST_TOKEN, VOCABULARY = 1, 2, 3, 1000
@@ -45,6 +54,7 @@ def synthesize(
     accepted_per_step: float = 2.5,
     tokens: bool = True,
     seed: int = 0,
+    compact: bool = False,
     force: bool = False,
     segment_forwards: int = 1024,
     expert_bytes: int = 3 * 2048 * 512 * 2,
@@ -77,6 +87,8 @@ def synthesize(
         Mean tokens accepted by a denoise forward, at least 1.
     tokens : bool
         Whether to write the ``tokens`` table.
+    compact : bool
+        Store ids and weights as what differs from call to call.
     expert_bytes : int
         Bytes of one expert; by default three bfloat16 matrices of 2048 x 512.
 
@@ -132,6 +144,7 @@ def synthesize(
         },
         "score_dtype": "float32",
         "tables": [table for table in TABLES if tokens or table != "tokens"],
+        "encodings": COMPACT_ENCODINGS if compact else DEFAULT_ENCODINGS,
         "decoding": {
             "loop": "synthetic",
             "block_length": block_length,

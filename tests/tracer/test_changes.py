@@ -17,9 +17,8 @@ from tests.tracer.recorded import record
 from tracer.check import check
 from tracer.errors import TraceError
 from tracer.parquet import TraceWriter, open_trace
+from tracer.schema import COMPACT_ENCODINGS
 from tracer.summary import describe
-
-CHANGES = {"expert_ids": "changes", "gate_weights": "changes"}
 
 
 def naive_links(calls, groups):
@@ -154,7 +153,7 @@ def test_stored_cells_equal_naive(seed, geometry, segment_forwards, group_bytes,
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr("tracer.files.encode.ROW_GROUP_BYTES", group_bytes)
         paths = {}
-        for name, encodings in (("plain", {}), ("changes", CHANGES)):
+        for name, encodings in (("plain", {}), ("changes", COMPACT_ENCODINGS)):
             paths[name] = path = Path(folder) / f"{name}.trace"
             meta = {**recorded.meta, "encodings": encodings}
             with TraceWriter(path, meta, segment_forwards=segment_forwards) as writer:
@@ -187,7 +186,7 @@ def test_stored_cells_equal_naive(seed, geometry, segment_forwards, group_bytes,
 def changed_hand():
     """The handmade trace with its ids and weights encoded by the naive encoder; one row group a part."""
     hand = Handmade()
-    hand.meta["encodings"] = CHANGES
+    hand.meta["encodings"] = COMPACT_ENCODINGS
     for table in ("changed", "gate_weights_high"):
         hand.types["routing"][table] = hand.types["routing"]["expert_ids"]
     for tables in hand.segments:
@@ -307,7 +306,7 @@ def test_fault_names_part_and_row(tmp_path, name):
 def test_eight_ids_short_of_a_cell(tmp_path):
     # the kernel for rows of eight reads ahead: the last cell of all lacks ids
     recorded = record(np.random.default_rng(0), num_experts=12, top_k=8, batches=1, batch=1, layers=(1,))
-    with TraceWriter(tmp_path / "a.trace", recorded.meta) as writer:
+    with TraceWriter(tmp_path / "a.trace", {**recorded.meta, "encodings": COMPACT_ENCODINGS}) as writer:
         recorded.write(writer)
     part = tmp_path / "a.trace" / "routing" / "part-00000.parquet"
     table = pq.read_table(part)

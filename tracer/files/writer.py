@@ -14,11 +14,10 @@ from tracer.files.commit import Committer
 from tracer.files.folder import take_folder
 from tracer.files.incoming import CallRules
 from tracer.meta import as_document, parse_meta, write_meta
-from tracer.schema import SCHEMA_VERSION, TABLES
+from tracer.schema import DEFAULT_ENCODINGS, SCHEMA_VERSION, TABLES
 from tracer.trace import TraceMeta
 
 # about a sixth fewer bytes than plain ids and byte planes of weights
-DEFAULT_ENCODINGS = {"expert_ids": "changes", "gate_weights": "changes"}
 
 
 class TraceWriter:
@@ -35,8 +34,8 @@ class TraceWriter:
     path : str or Path
         Folder to write; made with its parents.
     meta : dict
-        ``meta.json`` without schema_version, created and complete. ``tables`` defaults to all four, ``encodings`` to changes
-        for expert_ids and gate_weights.
+        ``meta.json`` without schema_version, created and complete. ``tables`` defaults to all four, ``encodings`` to
+        :data:`tracer.schema.DEFAULT_ENCODINGS`; ``COMPACT_ENCODINGS`` there make smaller files.
     force : bool
         Replace a trace that is there. Only a trace: another folder or file is never touched.
     append : bool
