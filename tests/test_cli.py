@@ -329,7 +329,7 @@ def test_interval(trace, tmp_path):
     assert "budget=0" in refused("interval", trace, "--budget", 0)
     page = tmp_path / "interval.html"
     assert str(page) in run("interval", trace, "--budget", 16, "--out", page).stdout
-    assert "Refresh interval" in page.read_text()
+    assert "program chooses an interval of" in page.read_text()
 
 
 def test_sweep_goes_on_where_it_stopped(trace, tmp_path):

@@ -77,11 +77,18 @@ def describe_model(
 
 
 def _heads(config: Any) -> dict[str, int | None]:
-    """Attention heads, those of keys and values, and values a head; a config leaves out what follows from the others."""
-    heads = setting(("num_attention_heads", "n_head"), config)
-    kv_heads = setting(("num_key_value_heads",), config)
+    """Attention heads, those of keys and values, and values a head; a config leaves out what follows from the others.
+
+    None where they differ from layer to layer: one number cannot stand for all.
+    """
+    try:
+        heads = setting(("num_attention_heads", "n_head"), config)
+        kv_heads = setting(("num_key_value_heads",), config)
+        head_dim = setting(("head_dim",), config)
+    except RuntimeError:
+        # How transformers 5 answers for a value that layers do not share.
+        return dict.fromkeys(("num_heads", "num_kv_heads", "head_dim"))
     hidden = setting(HIDDEN, config)
-    head_dim = setting(("head_dim",), config)
     if head_dim is None and heads and hidden:
         head_dim = hidden // heads
     return {"num_heads": heads, "num_kv_heads": heads if kv_heads is None else kv_heads, "head_dim": head_dim}
