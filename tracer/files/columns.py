@@ -48,16 +48,30 @@ class CellColumn:
             for piece in self.pieces:
                 yield from self._stream(piece)
             return
+        yield from self._read_once()
+
+    def _read_once(self) -> list[CellChunk]:
         with self._lock:
             if self._kept is None:
                 self._kept = [chunk for piece in self.pieces for chunk in self._read(piece)]
-        yield from self._kept
+        return self._kept
+
+    @property
+    def busy(self) -> bool:
+        """Whether another thread is reading it just now."""
+        return self._lock.locked()
+
+    def read_ahead(self) -> None:
+        """Read it now, if it is one that is kept."""
+        if not self._large:
+            self._read_once()
 
     def _read(self, piece: Piece) -> Iterator[CellChunk]:
         if self.name not in piece.part.present:
             return
-        for group, begin in piece.part.row_groups(piece.low, piece.high):
-            values = piece.part.read([self.name], group).column(0)
+        part = _own_reader(piece.part)
+        for group, begin in part.row_groups(piece.low, piece.high):
+            values = part.read([self.name], group).column(0)
             low = max(0, piece.low - begin)
             taken = values.slice(low, piece.high - begin - low)
             yield from cell_chunks(taken, piece.first + begin + low - piece.low)
@@ -65,8 +79,7 @@ class CellColumn:
     def _stream(self, piece: Piece) -> Iterator[CellChunk]:
         if self.name not in piece.part.present:
             return
-        # a reader of its own: Parquet readers must not be shared between threads
-        part = open_part(piece.part.path, piece.part.table, piece.part.number)
+        part = _own_reader(piece.part)
         rows = max(1, STREAM_BYTES * part.num_rows // max(1, part.cell_bytes(self.name)[1]))
         groups = part.row_groups(piece.low, piece.high)
         begin = groups[0][1] if groups else 0
@@ -139,3 +152,8 @@ class CellColumn:
             low, high = np.searchsorted(cells, (chunk.first, chunk.first + len(chunk)))
             if low < high:
                 yield chunk, slice(low, high), cells[low:high] - chunk.first
+
+
+def _own_reader(part: PartFile) -> PartFile:
+    """The part opened once more: Parquet readers must not be shared between threads."""
+    return open_part(part.path, part.table, part.number)

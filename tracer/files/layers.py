@@ -83,6 +83,9 @@ def read_layer(segment: SegmentCells, layer: int, with_weights: bool, with_score
     own = _LayerCells(layer, cells, segment.row_offsets[calls], np.diff(segment.row_offsets)[calls], segment)
     present = np.zeros(len(segment.forward_id), bool)
     present[calls] = True
+    if with_weights and segment.columns["expert_ids"].busy:
+        # Rather than wait for the thread that reads them.
+        segment.columns["gate_weights"].read_ahead()
     routed = _read_routed(own)
     ids = _read_ids(own, routed, present)
     weights = _read_weights(own, routed, present) if with_weights else None
