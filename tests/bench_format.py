@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from numba import njit
 
+from simulator.tallies.counting import unique_experts
 from tracer import synthetic
 from tracer.parquet import TraceWriter, open_trace
 from tracer.summary import describe
@@ -65,19 +65,6 @@ def best(function, *arguments):
     return min(times)
 
 
-@njit(cache=True, nogil=True)
-def unique_experts(ids, row_offsets, num_experts):
-    """Distinct experts of each call, summed."""
-    seen = np.full(num_experts, -1, np.int64)
-    total = 0
-    for f in range(len(row_offsets) - 1):
-        for t in range(row_offsets[f], row_offsets[f + 1]):
-            for k in range(ids.shape[1]):
-                total += seen[ids[t, k]] != f
-                seen[ids[t, k]] = f
-    return total
-
-
 def read_back(path, weights):
     """Read, check and hand out every layer of every segment."""
     for segment in open_trace(path).segments():
@@ -87,12 +74,13 @@ def read_back(path, weights):
 
 def count_unique(path):
     """From the files to the number of distinct experts of each call and layer."""
-    trace = open_trace(path)
-    return sum(
-        unique_experts(segment.layer(layer, with_weights=False).expert_ids, segment.forwards.row_offsets, 256)
-        for segment in trace.segments()
-        for layer in segment.layers
-    )
+    total = 0
+    for segment in open_trace(path).segments():
+        for number in segment.layers:
+            layer = segment.layer(number, with_weights=False)
+            offsets = segment.forwards.row_offsets
+            total += int(unique_experts(layer.expert_ids, layer.count, offsets, layer.router.num_experts).sum())
+    return total
 
 
 @pytest.fixture(scope="module", params=[(shape, compact) for shape in SHAPES for compact in (False, True)], ids=str)

@@ -89,7 +89,8 @@ class Static(Budgeted):
         """bool [E]: the B experts of most tokens over all streams, ties to the lowest id."""
         load = np.zeros(geometry.num_experts, np.int64)
         for stream in streams:
-            np.add.at(load, stream.experts, stream.tokens)
+            # Sums of whole numbers below 2 ** 53 are exact as floats.
+            load += np.bincount(stream.experts, stream.tokens, geometry.num_experts).astype(np.int64)
         return self._most_used(load, geometry, layer)
 
     def _most_used(self, load: np.ndarray, geometry: Geometry, layer: int | None) -> np.ndarray:
