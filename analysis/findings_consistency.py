@@ -86,12 +86,20 @@ def agreement_sentences(seeds: pl.DataFrame) -> list[str]:
 
 def unbeaten_findings(result: ConsistencyResult) -> list[str]:
     """A sentence for each headline figure that does not beat its null."""
-    return [
-        f"{_capital(row['figure'].strip())} ({row['value']:.3f}) does not beat its null: {_null(row)} has {row['null']:.3f}, "
-        f"and the interval is {row['low']:.3f} to {row['high']:.3f}."
-        for row in result.headline()
-        if row["beats_null"] is False and row["null"] is not None and row["low"] is not None
-    ]
+    found, whole = [], ""
+    for row in result.headline():
+        figure = row["figure"]
+        if figure.startswith(" "):
+            # A part of the figure above it says nothing alone.
+            figure = f"{whole}, {figure.strip()}"
+        else:
+            whole = figure
+        if row["beats_null"] is False and row["null"] is not None and row["low"] is not None:
+            found.append(
+                f"{_capital(figure)} ({row['value']:.3f}) does not beat its null: {_null(row)} has {row['null']:.3f}, and "
+                f"the interval is {row['low']:.3f} to {row['high']:.3f}."
+            )
+    return found
 
 
 def _capital(words: str) -> str:

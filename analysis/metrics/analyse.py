@@ -246,7 +246,7 @@ def _summary(totals: Totals, shape: Shape, units: Units) -> dict[str, Any]:
 
 def _notes(units: Units) -> list[str]:
     notes = [
-        "Overlap depends on how many tokens a step accepts; read it together with accepted_per_step.",
+        "Overlap depends on how many tokens a step accepts; read it beside the tokens accepted a step.",
         "Intervals are 95% percentile bootstrap intervals over requests unless asked otherwise.",
     ]
     if len(units.number) > UNITS:

@@ -46,7 +46,8 @@ class Sink:
         copy = HostCopy(call.tensors(self.level != "ids"), self._streams)
         self._pending.append((call, call.layer_places(), copy))
         call.routings = {}
-        self.absorb(keep=1 if call.token_ids.device.type == "cuda" else 0)
+        if len(self._pending) > 16:
+            self.absorb(keep=1 if call.token_ids.device.type == "cuda" else 0)
 
     def absorb(self, keep: int = 0) -> None:
         """Work out all calls but the last ``keep``."""
