@@ -45,10 +45,12 @@ class DeviceCall:
     gates: tuple[Gate, ...]
     announced: tuple[str, int, int] | None
     routings: dict[int, Routing] = field(default_factory=dict)  # by place in gates
-    versions: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    watched: list[torch.Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # of the watched tensors
+    # places of the gates in each stack; layers of a model spread over several devices are stacked by device
+    stacks: list[list[int]] = field(default_factory=list)
     predictions: dict[str, torch.Tensor] = field(default_factory=dict)
     written: tuple[torch.Tensor, torch.Tensor] | None = None
-    block_logits: BlockLogits | None = None
     settle: bool = False
     returned: bool = False
     begun: Any = None
@@ -60,7 +62,7 @@ class DeviceCall:
 
     def mark(self, name: str) -> None:
         """Note the time, "begun" or "ended"; an event on CUDA, where the host runs ahead of the device."""
-        if self.token_ids.device.type == "cuda":
+        if self.token_ids.is_cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.token_ids.device))
             setattr(self, name, event)
@@ -89,7 +91,10 @@ class DeviceCall:
             # Tensors of inference mode have no version to tell by, so they are copied.
             routing = Routing(*(None if t is None else t.clone() for t in routing))  # type: ignore[arg-type]
         else:
-            self.versions[place] = _versions(routing)
+            for tensor in routing:
+                if tensor is not None:
+                    self.watched.append(tensor)
+                    self.versions.append(tensor._version)
         self.routings[place] = routing
 
     def check(self) -> None:
@@ -100,43 +105,51 @@ class DeviceCall:
                     f"The router {gate.name} never fired in a call of {self.root.name or 'the model'}; nothing can be recorded "
                     "where a layer's router is skipped, fused or replaced."
                 )
-            if place in self.versions and self.versions[place] != _versions(self.routings[place]):
-                raise UserError(
-                    f"What the router {gate.name} returned was changed in place afterwards; pass adapter=callable that returns "
-                    "copies of its ids and weights."
-                )
+        now = [tensor._version for tensor in self.watched]
+        if now != self.versions:
+            changed = {id(t) for t, new, old in zip(self.watched, now, self.versions, strict=True) if new != old}
+            place = next(p for p, routing in self.routings.items() if any(id(t) in changed for t in routing))
+            raise UserError(
+                f"What the router {self.gates[place].name} returned was changed in place afterwards; pass adapter=callable "
+                "that returns copies of its ids and weights."
+            )
 
     def tensors(self, with_scores: bool) -> dict[str, torch.Tensor]:
-        """Everything to be copied: ids [L, N, K], weights float16 [L, N, K], scores float32 [L, N, E], tokens, predictions."""
+        """Everything to be copied, stacked by layer and owned by this call: ids, weights and scores, tokens, predictions.
+
+        The routings are let go.
+        """
         routings = [self.routings[place] for place in range(len(self.gates))]
-        # Layers of a model spread over several devices are stacked by device.
+        self.stacks = _by_device(routings)
         packed: dict[str, torch.Tensor] = {}
-        for number, places in enumerate(_by_device(routings)):
+        for number, places in enumerate(self.stacks):
             chosen = [routings[p] for p in places]
-            narrow = torch.uint8 if self.gates[0].num_experts <= 256 else torch.int32
-            packed[f"ids{number}"] = torch.stack([r.expert_ids for r in chosen]).to(narrow)
+            packed[f"ids{number}"] = torch.stack([r.expert_ids for r in chosen])
             weights = [r.gate_weights for r in chosen if r.gate_weights is not None]
             if len(weights) == len(chosen):
-                packed[f"weights{number}"] = torch.stack(weights).to(torch.float16)
+                packed[f"weights{number}"] = torch.stack(weights)
             if with_scores:
-                gate = self.gates[places[0]]
-                function = gate.router.score_function if gate.router else "softmax"
-                stacked = torch.stack([r.scores for r in chosen if r.scores is not None])
-                packed[f"scores{number}"] = scores_of(stacked, function, gate.scores_are)
-        packed["token_ids"] = self.token_ids.to(torch.int32)
-        packed["positions"] = self.positions.to(torch.int32)
+                packed[f"scores{number}"] = torch.stack([r.scores for r in chosen if r.scores is not None])
+        packed["token_ids"], packed["positions"] = self.token_ids, self.positions
         packed.update(self.predictions)
         if self.written is not None:
             packed["written_ids"], packed["written_confidence"] = self.written
+        self.routings, self.watched, self.versions = {}, [], []
         return packed
 
-    def layer_places(self) -> list[list[int]]:
-        """Places of the gates in each stack of :meth:`tensors`."""
-        return _by_device([self.routings[place] for place in range(len(self.gates))])
-
-
-def _versions(routing: Routing) -> tuple[int, ...]:
-    return tuple([t._version for t in routing if t is not None])
+    def as_recorded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """One of :meth:`tensors` as the trace has it: ids [L, N, K], weights float16 [L, N, K], scores float32 [L, N, E]."""
+        if name in ("token_ids", "positions"):
+            return tensor.to(torch.int32)
+        if name.startswith("ids"):
+            return tensor.to(torch.uint8 if self.gates[0].num_experts <= 256 else torch.int32)
+        if name.startswith("weights"):
+            return tensor.to(torch.float16)
+        if name.startswith("scores"):
+            gate = self.gates[self.stacks[int(name.removeprefix("scores"))][0]]
+            function = gate.router.score_function if gate.router else "softmax"
+            return scores_of(tensor, function, gate.scores_are)
+        return tensor
 
 
 def _by_device(routings: list[Routing]) -> list[list[int]]:

@@ -50,6 +50,7 @@ class Hooks:
         self._settling: dict[int, Any] = {}
         self._config = text_config(model)
         self._rule: Gate | None = None
+        self._gates_of = {root.role: gates.of_role(root.role) for root in gates.roots}
         self._parameters = {root.role: list(inspect.signature(root.module.forward).parameters) for root in gates.roots}
         self._handles: list[Any] = []
         try:
@@ -62,7 +63,7 @@ class Hooks:
         for root in self.gates.roots:
             self._handles.append(root.module.register_forward_pre_hook(self._before(root), with_kwargs=True))
             self._handles.append(root.module.register_forward_hook(self._after(root)))
-            for place, gate in enumerate(self.gates.of_role(root.role)):
+            for place, gate in enumerate(self._gates_of[root.role]):
                 if gate.module is not None:
                     hook = self._on_gate(root.role, place, gate)
                     self._handles.append(gate.module.register_forward_hook(hook))
@@ -133,7 +134,7 @@ class Hooks:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
             positions = positions.masked_fill(mask[:, -length:].to(positions.device) == 0, -1)
         announced, self.announced = self.announced, None
-        return DeviceCall(root, token_ids, positions, cached, self.gates.of_role(root.role), announced)
+        return DeviceCall(root, token_ids, positions, cached, self._gates_of[root.role], announced)
 
     def _on_gate(self, role: str, place: int, gate: Gate):
         def fired(module, args, output):

@@ -134,7 +134,6 @@ class Recorder:
             raise UserError(f"A call is one of {', '.join(KINDS)}, not '{kind}'.")
         self.hooks.announced = (kind, block, step)
 
-    @torch.no_grad()
     def note(
         self,
         *,
@@ -165,28 +164,34 @@ class Recorder:
         given = {"predicted_ids": predicted_ids, "confidence": confidence, "accepted": accepted, "kept": kept}
         if argmax_ids is not None and argmax_ids is not predicted_ids:
             given |= {"argmax_ids": argmax_ids, "argmax_confidence": argmax_confidence}
-        self.hooks.note({k: v.reshape(batch, -1) for k, v in given.items() if v is not None}, settle)
+        # The loop may go on writing into what it passed.
+        own = {k: v.detach().reshape(batch, -1).clone() for k, v in given.items() if v is not None}
+        self.hooks.note(own, settle)
 
     # What is known.
 
     @property
     def calls(self) -> list:
         """The calls of a recording kept in memory."""
+        self.sink.absorb()
         return self.sink.writer.calls if isinstance(self.sink.writer, MemoryWriter) else []
 
     @property
     def requests(self) -> list[dict]:
         """The finished requests of a recording kept in memory."""
+        self.sink.absorb()
         return self.sink.writer.requests if isinstance(self.sink.writer, MemoryWriter) else []
 
     @property
     def num_forwards(self) -> int:
         """Model calls handed to the writer."""
+        self.sink.absorb()
         return self.sink.num_forwards
 
     @property
     def num_requests(self) -> int:
         """Requests that have ended."""
+        self.sink.absorb()
         return self.sink.num_requests
 
     @property
@@ -197,6 +202,7 @@ class Recorder:
     @property
     def unresolved(self) -> int:
         """Masked tokens whose fate never became known, because the loop ended without telling its output."""
+        self.sink.absorb()
         return self.states.unresolved
 
     @property

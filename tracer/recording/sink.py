@@ -16,6 +16,9 @@ from tracer.recording.host_call import HostCall
 from tracer.recording.step_states import StepStates
 from tracer.recording.transfer import HostCopy
 
+# Working out several calls in a row takes a third of the time that it takes between two forwards, which push everything the
+# recorder needs out of the processor's caches. This is how many calls may wait, and their routing in bytes.
+MOST_WAITING, MOST_WAITING_BYTES = 16, 4 << 20
 PREDICTIONS = ("first_row", "argmax_ids", "argmax_confidence", "predicted_ids", "confidence", "accepted", "kept")
 
 
@@ -29,7 +32,10 @@ class Sink:
         self.writer: Any = None
         self.num_forwards = self.num_requests = 0
         self._held: deque[tuple[str, tuple]] = deque()
-        self._pending: deque[tuple[DeviceCall, list[list[int]], HostCopy]] = deque()
+        self._pending: deque[tuple[DeviceCall, HostCopy]] = deque()
+        self._pending_bytes = 0
+        # int64 ids and float32 weights of a row, and float32 scores
+        self._row_bytes = 12 * gates.top_k + (0 if level == "ids" else 4 * gates.num_experts)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.states = StepStates(
             mask_id=decoding["mask_id"],
@@ -42,18 +48,21 @@ class Sink:
 
     @torch.no_grad()
     def take(self, call: DeviceCall) -> None:
-        """Start copying a finished call; on CUDA the copy is only waited for when the next call has ended too."""
-        copy = HostCopy(call.tensors(self.level != "ids"), self._streams)
-        self._pending.append((call, call.layer_places(), copy))
-        call.routings = {}
-        if len(self._pending) > 16:
-            self.absorb(keep=1 if call.token_ids.device.type == "cuda" else 0)
+        """Start copying a finished call, which is worked out later; on CUDA not before the next call has ended too."""
+        copy = HostCopy(call.tensors(self.level != "ids"), call.as_recorded, self._streams)
+        self._pending.append((call, copy))
+        self._pending_bytes += call.num_rows * len(call.gates) * self._row_bytes
+        # Until the trace is open nothing waits, so that what is wrong with a loop or a path is said at its first calls.
+        many = len(self._pending) >= MOST_WAITING or self._pending_bytes >= MOST_WAITING_BYTES
+        if many or self.writer is None:
+            self.absorb(keep=1 if call.token_ids.is_cuda else 0)
 
     def absorb(self, keep: int = 0) -> None:
         """Work out all calls but the last ``keep``."""
         while len(self._pending) > keep:
-            call, places, copy = self._pending.popleft()
-            self.states.add(self._host_call(call, places, copy.arrays()))
+            call, copy = self._pending.popleft()
+            self._pending_bytes -= call.num_rows * len(call.gates) * self._row_bytes
+            self.states.add(self._host_call(call, copy.arrays()))
 
     def close(self, complete: bool) -> None:
         """Write what is held back and close the writer."""
@@ -63,9 +72,9 @@ class Sink:
         if self.writer is not None:
             self.writer.close(complete=complete)
 
-    def _host_call(self, call: DeviceCall, places: list[list[int]], arrays: dict[str, np.ndarray]) -> HostCall:
+    def _host_call(self, call: DeviceCall, arrays: dict[str, np.ndarray]) -> HostCall:
         routing: dict[int, dict] = {}
-        for number, chosen in enumerate(places):
+        for number, chosen in enumerate(call.stacks):
             for row, place in enumerate(chosen):
                 ids = arrays[f"ids{number}"][row]
                 routing[call.gates[place].layer] = {

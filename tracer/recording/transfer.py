@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -19,19 +21,27 @@ NUMPY = {
 class HostCopy:
     """A copy under way: made when the call ends, waited for when its arrays are asked for.
 
-    On CUDA the tensors of a device are packed into one byte buffer and copied to pinned memory on a side stream. On a CPU they
-    are handed on as they are, so the caller must own them.
+    ``convert(name, tensor)`` gives every tensor its final dtype. On CUDA the converted tensors of a device are packed into one
+    byte buffer and copied to pinned memory on a side stream. Those on a CPU must be the caller's own; they are converted when
+    asked for, out of the model's way.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], streams: dict[torch.device, torch.cuda.Stream]):
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        convert: Callable[[str, torch.Tensor], torch.Tensor],
+        streams: dict[torch.device, torch.cuda.Stream],
+    ):
+        self._convert = convert
+        self._here: dict[str, torch.Tensor] = {}
         self._arrays: dict[str, np.ndarray] = {}
         self._packed: list[tuple[list[tuple[str, torch.Size, torch.dtype]], torch.Tensor, torch.cuda.Event]] = []
         by_device: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
         for name, tensor in tensors.items():
-            if tensor.device.type == "cuda":
-                by_device.setdefault(tensor.device, []).append((name, tensor))
+            if tensor.is_cuda:
+                by_device.setdefault(tensor.device, []).append((name, convert(name, tensor)))
             else:
-                self._arrays[name] = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+                self._here[name] = tensor
         for device, named in by_device.items():
             self._start(device, named, streams)
 
@@ -55,6 +65,9 @@ class HostCopy:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The tensors as NumPy arrays of the same shapes; waits for the copy if it is still running."""
+        for name, tensor in self._here.items():
+            self._arrays[name] = self._convert(name, tensor.detach()).numpy()
+        self._here = {}
         for layout, host, done in self._packed:
             done.synchronize()
             # Copied, so that no array keeps pinned memory for itself.
