@@ -27,6 +27,7 @@ from tracer.errors import UserError
 from tracer.parquet import open_trace
 from tracer.record import record
 from tracer.recording.describe import describe_model
+from tracer.recording.sink import MOST_WAITING
 
 OPTIONS = {"mask_id": MASK, "eos_id": None, "block_length": BLOCK, "steps": BLOCK, "threshold": 0.9}
 
@@ -313,6 +314,91 @@ def test_what_a_gate_returned_may_not_change_afterwards():
         forward(model, prompt(8))
         mlp.experts.register_forward_pre_hook(halve)
         forward(model, prompt(8))
+
+
+class ReusedOutputs(nn.Module):
+    """A gate that returns the same tensors in every call, overwritten."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate, self.kept = gate, None
+
+    def forward(self, *args):
+        found = self.gate(*args)
+        if self.kept is None or self.kept[0].shape != found[0].shape:
+            self.kept = tuple(torch.empty_like(t) for t in found)
+        for kept, new in zip(self.kept, found, strict=True):
+            kept.copy_(new)
+        return self.kept
+
+
+@pytest.mark.parametrize("level", ["ids", "active", "scores"])
+def test_what_a_later_call_overwrites_is_recorded_as_it_was(level):
+    def run(reuse):
+        model, predicted, confidence = tiny_model("llada2"), torch.zeros(BLOCK).long(), torch.zeros(BLOCK)
+        accepted, tokens = torch.zeros(BLOCK, dtype=torch.bool), torch.zeros(1, 2 * BLOCK).long()
+        for layer in layer_numbers(model) if reuse else ():
+            model.model.layers[layer].mlp.gate = ReusedOutputs(model.model.layers[layer].mlp.gate)
+        with record(model, level=level, mask_id=MASK, block_length=BLOCK) as recorder:
+            recorder.begin(BLOCK)
+            tokens[:] = prompt(2 * BLOCK)
+            for step in range(BLOCK):
+                tokens[0, BLOCK + step :] = MASK
+                recorder.announce("denoise", 1, step)
+                probability, best = forward(model, tokens)[0, -BLOCK:].softmax(-1).max(-1)
+                predicted.copy_(best)
+                confidence.copy_(probability)
+                accepted[:] = torch.arange(BLOCK) == step
+                recorder.note(predicted_ids=predicted, confidence=confidence, accepted=accepted)
+                tokens[0, BLOCK + step] = predicted[step]
+                for tensor in (predicted, confidence, accepted):
+                    tensor.zero_()
+            recorder.finish(stop_reason="length")
+        return recorder.calls
+
+    plain, reused = run(False), run(True)
+    same_calls(plain, reused)
+    assert len(plain) == BLOCK
+    for step, (a, b) in enumerate(zip(plain, reused, strict=True)):
+        assert np.flatnonzero(a.tokens["accepted"]).tolist() == [BLOCK + step]
+        assert (a.tokens["confidence"][BLOCK:] > 0).all() and (a.tokens["confidence"] == b.tokens["confidence"])[
+            BLOCK:
+        ].all()
+        for layer, cell in a.routing.items():
+            for name in ("gate_weights", "router_scores", "score_experts"):
+                assert (
+                    np.array_equal(cell[name], b.routing[layer][name]) or cell[name] is b.routing[layer][name] is None
+                )
+
+
+class Counting:
+    """A writer that only counts."""
+
+    calls = 0
+
+    def add_call(self, parts, tokens, routing):
+        self.calls += 1
+
+    def add_request(self, row):
+        pass
+
+    def close(self, complete=True):
+        pass
+
+
+@pytest.mark.parametrize(("bound", "most"), [("MOST_WAITING", 3), ("MOST_WAITING_BYTES", 1), (None, MOST_WAITING)])
+def test_calls_wait_in_bounded_number_and_whoever_asks_sees_them_all(monkeypatch, bound, most):
+    if bound:
+        monkeypatch.setattr(f"tracer.recording.sink.{bound}", most)
+    model, writer = tiny_model("sdar"), Counting()
+    with record(model, writer) as recorder:
+        behind = []
+        for _ in range(2 * MOST_WAITING):
+            forward(model, prompt(8))
+            behind.append(recorder.hooks.calls - writer.calls)
+        assert max(behind) == most - 1 and behind[0] == 0
+        forward(model, prompt(8))
+        assert recorder.num_forwards == writer.calls == 2 * MOST_WAITING + 1
 
 
 def test_an_announced_step_must_be_described():

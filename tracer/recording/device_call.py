@@ -99,12 +99,12 @@ class DeviceCall:
 
     def check(self) -> None:
         """Raise when a gate did not fire, or when what it returned was changed afterwards."""
-        for place, gate in enumerate(self.gates):
-            if place not in self.routings:
-                raise UserError(
-                    f"The router {gate.name} never fired in a call of {self.root.name or 'the model'}; nothing can be recorded "
-                    "where a layer's router is skipped, fused or replaced."
-                )
+        if len(self.routings) < len(self.gates):
+            gate = next(gate for place, gate in enumerate(self.gates) if place not in self.routings)
+            raise UserError(
+                f"The router {gate.name} never fired in a call of {self.root.name or 'the model'}; nothing can be recorded "
+                "where a layer's router is skipped, fused or replaced."
+            )
         now = [tensor._version for tensor in self.watched]
         if now != self.versions:
             changed = {id(t) for t, new, old in zip(self.watched, now, self.versions, strict=True) if new != old}
@@ -139,14 +139,15 @@ class DeviceCall:
 
     def as_recorded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """One of :meth:`tensors` as the trace has it: ids [L, N, K], weights float16 [L, N, K], scores float32 [L, N, E]."""
-        if name in ("token_ids", "positions"):
+        what = name.rstrip("0123456789")
+        if what in ("token_ids", "positions"):
             return tensor.to(torch.int32)
-        if name.startswith("ids"):
+        if what == "ids":
             return tensor.to(torch.uint8 if self.gates[0].num_experts <= 256 else torch.int32)
-        if name.startswith("weights"):
+        if what == "weights":
             return tensor.to(torch.float16)
-        if name.startswith("scores"):
-            gate = self.gates[self.stacks[int(name.removeprefix("scores"))][0]]
+        if what == "scores":
+            gate = self.gates[self.stacks[int(name.removeprefix(what))][0]]
             function = gate.router.score_function if gate.router else "softmax"
             return scores_of(tensor, function, gate.scores_are)
         return tensor

@@ -69,18 +69,22 @@ class Sink:
         if self.writer is None and self._held:
             self.writer = self._open_writer()
         self._release()
+        # What could not be worked out must not be tried again by whoever looks at the recorder afterwards.
+        self._pending.clear()
         if self.writer is not None:
             self.writer.close(complete=complete)
 
     def _host_call(self, call: DeviceCall, arrays: dict[str, np.ndarray]) -> HostCall:
         routing: dict[int, dict] = {}
         for number, chosen in enumerate(call.stacks):
+            ids = arrays[f"ids{number}"]
+            weights, scores = arrays.get(f"weights{number}"), arrays.get(f"scores{number}")
+            ids = ids if ids.dtype == np.uint8 else ids.astype(np.uint16)
             for row, place in enumerate(chosen):
-                ids = arrays[f"ids{number}"][row]
                 routing[call.gates[place].layer] = {
-                    "expert_ids": ids if ids.dtype == np.uint8 else ids.astype(np.uint16),
-                    "gate_weights": arrays[f"weights{number}"][row] if f"weights{number}" in arrays else None,
-                    "router_scores": arrays[f"scores{number}"][row] if f"scores{number}" in arrays else None,
+                    "expert_ids": ids[row],
+                    "gate_weights": None if weights is None else weights[row],
+                    "router_scores": None if scores is None else scores[row],
                     "score_experts": None,
                     "routed": None,
                 }

@@ -138,6 +138,9 @@ class StepStates:
         state[masked] = MASKED
         state[padding] = PADDING
         rows = len(positions)
+        # Two columns an array: making one costs more than filling it.
+        ids, probability = np.full((2, rows), -1, np.int32), np.full((2, rows), np.nan, np.float32)
+        flags = np.zeros((2, rows), bool)
         return Part(
             sequence=sequence,
             kind=kind,
@@ -147,12 +150,12 @@ class StepStates:
             positions=positions,
             token_ids=call.token_ids[b],
             state=state,
-            predicted_ids=np.full(rows, -1, np.int32),
-            confidence=np.full(rows, np.nan, np.float32),
-            argmax_ids=np.full(rows, -1, np.int32),
-            argmax_confidence=np.full(rows, np.nan, np.float32),
-            accepted=np.zeros(rows, bool),
-            open=np.zeros(rows, bool),
+            predicted_ids=ids[0],
+            confidence=probability[0],
+            argmax_ids=ids[1],
+            argmax_confidence=probability[1],
+            accepted=flags[0],
+            open=flags[1],
             number=self._calls,
         )
 
