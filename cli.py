@@ -105,6 +105,10 @@ def _bar(name: str, shown: bool, calls: int | None = None):
         yield lambda done, total=calls: progress.update(bar, completed=done, total=total)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=1))
 
@@ -278,7 +282,7 @@ def replay(
         show(run_table([(opened.meta.model.id, names, result)]))
         for note in _notes(result):
             typer.echo(note)
-    typer.echo(f"{len(result.runs)} runs" + (f", written to {out}" if out is not None else ""))
+    typer.echo(_count(len(result.runs), "run") + (f", written to {out}" if out is not None else ""))
 
 
 def _fitted(residency: list[str], fit: Path | None) -> list[str]:
@@ -520,8 +524,8 @@ def sweep(
 
 
 SWEEP_COLUMNS = (
-    "routing", "residency", "hardware", "unique_experts", "tokens_per_forward", "hit_rate", "bytes_to_gpu", "cpu_tokens",
-    "resident_bytes", "gate_retained", "latency_s", "tokens_per_s", "speedup",
+    "routing", "residency", "hardware", "estimate", "unique_experts", "tokens_per_forward", "hit_rate", "bytes_to_gpu",
+    "cpu_tokens", "resident_bytes", "gate_retained", "latency_s", "tokens_per_s", "speedup",
 )  # fmt: skip
 
 
@@ -551,8 +555,14 @@ def parallel(
         _print_json({"runs": runs})
         return
     if not quiet:
-        show(parallel_table(runs))
-    typer.echo(f"{len(runs)} groups; imbalance = tokens of the fullest GPU / mean, per denoise forward and layer")
+        specs = [spec for spec, _, _ in product(routing, gpus, placement or PLACEMENTS)]
+        decodes = any(run["imbalance"] is not None for run in runs)
+        show(parallel_table(specs, runs, "" if decodes else "_all_forwards"))
+        for note in dict.fromkeys(note for run in runs for note in run["notes"]):
+            typer.echo(note)
+        calls = "denoise forward" if decodes else "forward of any kind, as none denoises,"
+        typer.echo(f"Imbalance: tokens of the fullest GPU over the mean, each {calls} and layer.")
+    typer.echo(_count(len(runs), "group"))
 
 
 @app.command()

@@ -48,6 +48,8 @@ class DiffResult:
     def sentence(self) -> str:
         """How much differs, in one sentence."""
         found = self.differing
+        if not self.rows or all(row["part"] == "replayed trace" for row in self.rows):
+            return f"{self.a} and {self.b} have nothing in common to compare."
         if not found:
             return f"{self.a} and {self.b} agree in all {len(self.rows)} values compared."
         first = found[0]

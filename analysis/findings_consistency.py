@@ -12,7 +12,7 @@ from analysis.metrics.result import ConsistencyResult
 
 STEP, FAR = "same position, next step: Jaccard", "same position, farthest step: Jaccard"
 MASKED, KNOWN, FLIPPED = "  still masked", "  known before and after", "  accepted in between"
-COUNTS, UNIQUE = "expert counts, next step: cosine", "unique experts a forward and layer"
+COUNTS, UNIQUE = "expert counts, next step: cosine", "unique experts of a block, a layer"
 SPATIAL, NEXT = "neighbouring positions: Jaccard", "next layer's experts foretold"
 
 

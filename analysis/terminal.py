@@ -9,9 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from analysis.curves import null_words
+
 RUN_FIGURES = (
     "experts/layer",
     "tokens/forward",
+    "held",
     "hit rate",
     "to GPU",
     "gate kept",
@@ -59,6 +62,7 @@ def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> 
                 run["hardware"] or "-",
                 figure(summary["unique_experts"], 2),
                 figure(summary["tokens_per_forward"], 2),
+                f"{summary['resident_bytes'] / 1e6:.1f} MB",
                 percent(summary["hit_rate"]),
                 f"{summary['bytes_to_gpu'] / 1e6:.1f} MB",
                 percent(summary["gate_retained"]),
@@ -86,28 +90,32 @@ def headline_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             "-" if low is None else f"{low:.3f} .. {high:.3f}",
             figure(row["null"], 3),
             "-" if beats is None else "yes" if beats else "no",
-            (row["null_name"] or "-").removeprefix("null_"),
+            null_words(row["frame"], row["null_name"]) if row["null_name"] else "-",
         )
     return table
 
 
-def parallel_table(runs: Iterable[Mapping[str, Any]]) -> Table:
-    """Loads of expert-parallel groups, one row a group; megabytes of weights read a forward and layer."""
+def parallel_table(specs: Iterable[str], runs: Iterable[Mapping[str, Any]], kinds: str = "") -> Table:
+    """Loads of expert-parallel groups, one row a group, estimates in italics; megabytes of weights read a forward and layer.
+
+    ``specs`` are the routing policies as typed, ``kinds`` the suffix of the figures to show.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("routing")
     table.add_column("GPUs", justify="right")
     table.add_column("placement")
     for name in ("imbalance", "busy", "MB a GPU", "MB the fullest"):
         table.add_column(name, justify="right")
-    for run in runs:
-        megabytes = (None if run[key] is None else run[key] / 1e6 for key in ("mean_bytes", "max_bytes"))
+    for spec, run in zip(specs, runs, strict=True):
+        sizes = [run[f"{key}{kinds}"] for key in ("mean_bytes", "max_bytes")]
         table.add_row(
-            run["routing"]["name"],
+            spec,
             str(run["gpus"]),
             run["placement"],
-            figure(run["imbalance"], 2),
-            percent(run["busy"]),
-            *(figure(one, 2) for one in megabytes),
+            figure(run[f"imbalance{kinds}"], 2),
+            percent(run[f"busy{kinds}"]),
+            *(figure(None if size is None else size / 1e6, 2) for size in sizes),
+            style="italic" if run["estimate"] else None,
         )
     return table
 

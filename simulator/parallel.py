@@ -18,6 +18,7 @@ from simulator.expert_placement import PLACEMENTS, place_experts
 from simulator.plan import make_plan
 from simulator.policy import ExpertStream, Geometry
 from simulator.registry import describe
+from simulator.runs import trusted
 from simulator.streams.gather import geometry_of
 from simulator.streams.routed import Router
 from tracer.errors import UserError
@@ -146,7 +147,9 @@ def parallel_runs(
     placements: Sequence[str] = PLACEMENTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The loads of every routing policy x number of GPUs x placement, routing outermost; a trace is read twice a policy.
+    """The loads of every routing policy x number of GPUs x placement, routing outermost.
+
+    A trace is read once a policy, twice where a placement is balanced.
 
     Parameters
     ----------
@@ -164,7 +167,7 @@ def parallel_runs(
     Returns
     -------
     list of dict
-        ``routing`` {"name", "parameters"} and :class:`ParallelLoad`'s summary.
+        ``routing`` {"name", "parameters"}, :class:`ParallelLoad`'s summary, ``estimate`` and ``notes`` as a replay's runs.
 
     Raises
     ------
@@ -175,12 +178,15 @@ def parallel_runs(
     groups = list(product(gpus, placements))
     for size, placement in groups:
         place_experts(geometry.num_experts, size, placement)
-    policies = make_plan(trace, routings, ["all_resident"], None).routings
-    for done, policy in enumerate(policies, 1):
+    plan = make_plan(trace, routings, ["all_resident"], None)
+    for done, policy in enumerate(plan.routings, 1):
+        simulated = describe(plan.acceptances[plan.acceptance_of[done - 1]])["name"] != "recorded"
+        estimate, trust = trusted(policy, geometry, simulated)
+        told = {"estimate": estimate, "notes": [trust, *getattr(policy, "notes", ())]}
         for load in _groups(partial(routed_streams, trace, policy), geometry, groups):
-            found.append({"routing": describe(policy), **load.summary})
+            found.append({"routing": describe(policy), **load.summary, **told})
         if progress is not None:
-            progress(done, len(policies))
+            progress(done, len(plan.routings))
     return found
 
 

@@ -73,7 +73,7 @@ def make_plan(
     trace
         Anything with ``meta``, ``first_block`` and ``has(requirement)``.
     routing, residency : sequence
-        Specs or policy objects.
+        Specs or policy objects, or one spec.
     hardware : str or sequence of str, optional
         Hardware specs, see :func:`simulator.pricing.priced_on`. On one machine, policies that decide by its speed learn of it.
 
@@ -82,8 +82,8 @@ def make_plan(
     UserError
         A spec that does not load, or a policy that needs what the trace does not hold.
     """
-    routings = [_policy("routing", spec) for spec in routing]
-    residencies = [_policy("residency", spec) for spec in residency]
+    routings = [_policy("routing", spec) for spec in _several(routing)]
+    residencies = [_policy("residency", spec) for spec in _several(residency)]
     if not routings or not residencies:
         raise UserError("A replay needs a routing and a residency policy; give at least one of each.")
     acceptances: list[Any] = []
@@ -100,12 +100,36 @@ def make_plan(
     names = [hardware] if hardware is None or isinstance(hardware, str) else list(hardware)
     machines = [_machine(name, trace) for name in names or [None]]
     geometry = geometry_of(trace)
-    if any(getattr(policy, "split", None) == "auto" for policy in residencies):
+    # A policy fitted on another trace shares its budget out by the loads of that one.
+    if any(getattr(p, "split", None) and not getattr(p, "fit_on", None) for p in residencies):
         geometry = replace(geometry, loads=tuple(tuple(of_layer) for of_layer in recorded_loads(trace).tolist()))
     if len(machines) == 1 and machines[0].cost is not None:
         cost = machines[0].cost
         residencies = [p.priced(cost, geometry) if hasattr(p, "priced") else p for p in residencies]
     return Plan(geometry, acceptances, acceptance_of, routings, residencies, machines)
+
+
+def refuse_priced(plan: Plan) -> None:
+    """Refuse several machines for a policy that decides by the machine's speed: a replay places once for all of them.
+
+    Raises
+    ------
+    UserError
+        There is such a policy.
+    """
+    for policy in plan.residencies:
+        if len(plan.machines) > 1 and any(p != policy for p in _priced(policy, plan)):
+            raise UserError(
+                f"{describe(policy)['name']} decides by the machine it runs on; replay it on one machine at a time, or sweep."
+            )
+
+
+def _priced(policy: Any, plan: Plan) -> list[Any]:
+    return [policy.priced(cost, plan.geometry) for cost in plan.costs] if hasattr(policy, "priced") else []
+
+
+def _several(specs: Any) -> Sequence[Any]:
+    return [specs] if isinstance(specs, str) else specs
 
 
 def _policy(axis: str, spec: Any) -> Any:

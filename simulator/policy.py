@@ -136,6 +136,7 @@ class ResidencyPolicy(Protocol):
     the acceptance policy they bring along (None: the recorded forwards), and ``recorded_in(geometry)``, whether the trace was
     recorded under this very policy, so that its replay is no estimate.
 
+    ``on_demand = True`` (optional) says that it loads whatever a batch needs, so that it may hold more than its budget.
     ``ordered = False`` (optional) says that placements depend neither on the order of a cell's entries nor on their last touch.
     ``passes = 2`` policies get ``fit`` called with every stream of the run, in order, before the first ``place``. A policy that
     decides by the machine's speed has ``priced(cost, geometry)``, the policy to use where a replay has exactly one machine.

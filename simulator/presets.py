@@ -145,6 +145,8 @@ def load_hardware(name: str, parts: Mapping[str, str] | None = None) -> Hardware
     own = name.endswith(".toml")
     path = Path(name) if own else FOLDER / f"{name}.toml"
     if not (path.is_file() if own else name in hardware_names()):
+        if own:
+            raise UserError(f"There is no hardware file {name}; check the path.")
         raise UserError(
             f"There is no hardware preset {name!r}; there are {', '.join(hardware_names())}, or give a .toml file."
         )

@@ -150,7 +150,8 @@ def _note(cost: CostModel, host_gib: float | None) -> str:
     order = "side by side" if cost.overlap else "one after the other"
     note = (
         f"Latency, tokens per second and speed-up are estimates: roofline of {machine.name}'s {peaks} peaks, copies before "
-        f"compute, GPU and CPU experts {order}."
+        f"compute, GPU and CPU experts {order}. Tokens per second count accepted tokens, also those of a last block that lie "
+        "beyond the length asked for."
     )
     if not cost.pair_flops:
         note += " Attention is left out: the trace's meta.json does not say how many heads the model has."

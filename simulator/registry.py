@@ -117,6 +117,28 @@ def _hints(policy: type) -> dict[str, Any]:
     return typing.get_type_hints(policy)
 
 
+def answer_of(policy: Any, method: str, *arguments: Any) -> Any:
+    """What a policy answers; what goes wrong inside one of the user's own is told in a sentence.
+
+    Raises
+    ------
+    UserError
+        A policy that does not come with the package fails, or answers nothing.
+    """
+    if type(policy).__module__.startswith("simulator."):
+        return getattr(policy, method)(*arguments)
+    name = type(policy).__module__.rsplit(".", 1)[-1]
+    try:
+        answer = getattr(policy, method)(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"The policy {name} fails in {method}: {type(error).__name__}: {error}.") from error
+    if answer is None:
+        raise UserError(f"The policy {name} answers nothing in {method}; return what simulator/policy.py says.")
+    return answer
+
+
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -186,8 +208,9 @@ def _value(where: str, text: str, hint: Any) -> Any:
                 return text.lower() == "true"
         else:
             try:
-                return option(text)
-            except (TypeError, ValueError):
+                # Bytes are often written 1.5e9.
+                return int(float(text)) if option is int and float(text).is_integer() else option(text)
+            except (TypeError, ValueError, OverflowError):
                 continue
     raise UserError(f"{where}={text} is not {_wanted(options)}; give another value.")
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from simulator.plan import Plan, make_plan
+from simulator.plan import Plan, make_plan, refuse_priced
 from simulator.policy import ExpertStream
-from simulator.registry import describe
+from simulator.registry import answer_of, describe
 from simulator.result import ReplayResult, cell_columns, forward_columns
 from simulator.runs import make_runs
 from simulator.streams.routed import RoutedLayer, RoutedSegment, Router
@@ -73,6 +73,7 @@ def replay(
         A spec that does not load, or a policy that needs what the trace does not hold.
     """
     plan = make_plan(trace, routing, residency, hardware)
+    refuse_priced(plan)
     if threads is not None and threads < 1:
         raise UserError(f"threads={threads} is no number of threads; give 1 or more.")
     cap = MAX_THREADS_WITH_SCORES if plan.with_scores else MAX_THREADS
@@ -203,7 +204,8 @@ class _Runner:
         def place(r: int, p: int, at: int | None, stream: ExpertStream) -> None:
             key = (r, p, at)
             forwards = of_routing[r].trajectory.forwards
-            placement, self.states[key] = plan.residencies[p].place(stream, forwards, plan.geometry, self.states[key])
+            answer = answer_of(plan.residencies[p], "place", stream, forwards, plan.geometry, self.states[key])
+            placement, self.states[key] = answer
             self.placed[r, p].serve(stream, placement, self.residencies[p])
 
         def job(at: int) -> list[ExpertStream]:

@@ -185,6 +185,8 @@ class ReplayResult:
             A file is there already, the folder cannot be written to, or the replay was told not to keep cells.
         """
         folder = Path(folder)
+        if (folder / "meta.json").exists():
+            raise UserError(f"{folder} is a trace; name another folder for the replay.")
         paths = [folder / name for name in ("replay.parquet", "replay.json", "forwards.parquet")]
         taken = [path.name for path in paths if path.exists()]
         if taken and not force:

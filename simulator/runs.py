@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simulator.plan import Plan
+from simulator.policy import Geometry
 from simulator.registry import describe
 from simulator.result import Run
 from simulator.tallies.placement_tally import PlacementTally
@@ -20,8 +21,8 @@ SIMULATED = (
     "Estimate: the forwards are simulated from recorded ones, and open loop: other experts and other tokens would change "
     "hidden states, and with them later routing, which a replay cannot see; nothing here measures accuracy."
 )
-SPLIT = "The budget is shared out by the loads of the replayed run, which a server cannot know beforehand."
-INTERVAL = "unique_experts_ci95 is a normal approximation over requests."
+SPLIT = "The budget is shared out by the recorded loads of the replayed trace, which a server cannot know beforehand."
+INTERVAL = "The interval unique_experts_ci95 (in the JSON and the files) is a normal approximation over requests."
 
 
 def make_runs(
@@ -53,14 +54,13 @@ def make_runs(
             "acceptance": describe(plan.acceptances[a]),
             "routing": describe(routing),
         }
-        other = named["routing"]["name"] != "vanilla" or simulated[a]
-        estimate = other and not (hasattr(routing, "recorded_in") and routing.recorded_in(plan.geometry))
+        estimate, trust = trusted(routing, plan.geometry, simulated[a])
         for p, residency in enumerate(plan.residencies):
             tally = placed[r, p]
-            notes = [SIMULATED if simulated[a] else OPEN_LOOP if estimate else EXACT, *trajectory_notes[a]]
+            notes = [trust, *trajectory_notes[a]]
             for policy in (routing, residency):
                 notes += getattr(policy, "notes", ())
-            notes += [SPLIT] if getattr(residency, "split", None) else []
+            notes += budget_notes(residency, plan.geometry, tally.resident_bytes)
             notes += [INTERVAL] if of_routing["unique_experts_ci95"] else []
             cost = 0
             for machine in plan.machines:
@@ -81,6 +81,60 @@ def make_runs(
     for run in runs:
         run.summary["speedup"] = speedup(runs[0].summary, run.summary)
     return runs
+
+
+def trusted(routing: Any, geometry: Geometry, simulated: bool) -> tuple[bool, str]:
+    """Whether figures under a routing policy are estimates, and the note that says how far to trust them.
+
+    Parameters
+    ----------
+    routing
+        The policy.
+    geometry : Geometry
+        Of the replay.
+    simulated : bool
+        Whether any forward is not a recorded one.
+    """
+    other = describe(routing)["name"] != "vanilla" or simulated
+    estimate = other and not (hasattr(routing, "recorded_in") and routing.recorded_in(geometry))
+    return estimate, SIMULATED if simulated else OPEN_LOOP if estimate else EXACT
+
+
+def budget_notes(residency: Any, geometry: Geometry, resident_bytes: int) -> list[str]:
+    """What there is to say of a policy's budget: what shared it out, and that a cache held more than it.
+
+    Parameters
+    ----------
+    residency
+        The policy.
+    geometry : Geometry
+        Of the replay.
+    resident_bytes : int
+        What it held at most.
+    """
+    if not getattr(residency, "limited", False):
+        return []
+    known = residency.split is not None and getattr(residency, "fit_on", None) is None
+    found = [SPLIT] if known else []
+    if residency.scope == "global":
+        allowed = residency.total_bytes(geometry)
+    elif getattr(residency, "fit_on", None) is not None:
+        return found
+    else:
+        sizes = [geometry.expert_bytes[layer] for layer in geometry.layers]
+        allowed = sum(residency.experts_per_layer(geometry, at) * size for at, size in enumerate(sizes))
+    name = describe(residency)["name"]
+    if allowed == 0 and residency.vram_gib:
+        found.append(
+            f"vram_gib={residency.vram_gib:g} leaves {name} no room for experts after other weights and the reserve."
+        )
+    if hasattr(residency, "on_demand") and resident_bytes > allowed:
+        found.append(
+            f"{name} held up to {resident_bytes / 1e6:.4g} MB, more than its budget of {allowed / 1e6:.4g} MB: it loads all "
+            "that a batch needs and evicts none of it before the next batch, so a budget below a batch's unique experts acts "
+            "like a larger one."
+        )
+    return found
 
 
 def speedup(first: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:

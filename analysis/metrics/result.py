@@ -27,7 +27,7 @@ _HEADLINE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("neighbouring positions: Jaccard", "spatial", {"metric": "jaccard", "state": "all", "distance": 1}),
     ("  both masked", "spatial", {"metric": "jaccard", "state": "masked", "distance": 1}),
     ("  one masked, one known", "spatial", {"metric": "jaccard", "state": "mixed", "distance": 1}),
-    ("unique experts a forward and layer", "unique", {"metric": "unique_mean", "state": "all"}),
+    ("unique experts of a block, a layer", "unique", {"metric": "unique_mean", "state": "all"}),
     ("  their coefficient of variation", "unique", {"metric": "unique_cv", "state": "all"}),
     ("next layer's experts foretold", "predictability", {"metric": "recall"}),
     ("load skew: Gini", "balance", {"metric": "gini"}),

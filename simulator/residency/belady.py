@@ -44,6 +44,7 @@ class Belady(Budgeted):
     scope: Literal["layer", "global"] = "layer"
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    on_demand: ClassVar[bool] = True
     passes: ClassVar[int] = 2
     ordered: ClassVar[bool] = False
     notes: ClassVar[tuple[str, ...]] = ("belady knows the future: a bound, not something to run.",)

@@ -37,6 +37,7 @@ class Lfu(Budgeted):
     forget: bool = False
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    on_demand: ClassVar[bool] = True
     passes: ClassVar[int] = 1
 
     def start(self, geometry: Geometry, layer: int | None) -> tuple[Ranked, int, np.ndarray, int]:

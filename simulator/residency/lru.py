@@ -41,6 +41,7 @@ class Lru(Budgeted):
     scope: Literal["layer", "global"] = "layer"
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    on_demand: ClassVar[bool] = True
     passes: ClassVar[int] = 1
 
     def start(self, geometry: Geometry, layer: int | None) -> tuple[Recency, int, np.ndarray]:

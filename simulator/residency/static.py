@@ -8,7 +8,7 @@ case.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
 from typing import Any, ClassVar
@@ -35,7 +35,8 @@ class Static(Budgeted):
     ----------
     fit_on : str, optional
         Path of another trace, relative to the working directory, without commas: popularity is counted on its recorded
-        experts, all kinds of forwards alike, and the replayed trace is read once. Without, on the replayed run itself.
+        experts, all kinds of forwards alike, ``split`` goes by it too, and the replayed trace is read once. Without, on the
+        replayed run itself.
     """
 
     fit_on: str | None = None
@@ -83,6 +84,7 @@ class Static(Budgeted):
                     "give a trace of the same model."
                 )
             load = loads[layer or 0]
+            geometry = replace(geometry, loads=tuple(tuple(of_layer) for of_layer in loads.tolist()))
         return self._most_used(load, geometry, layer)
 
     def fit(self, streams: Iterable[ExpertStream], geometry: Geometry, layer: int | None) -> np.ndarray:

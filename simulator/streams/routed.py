@@ -9,7 +9,7 @@ import numpy as np
 
 from simulator.plan import Plan
 from simulator.policy import ExpertStream, Selection, Trajectory
-from simulator.registry import describe
+from simulator.registry import answer_of, describe
 from simulator.streams.gather import absent_layer, check_trajectory, current_block_rows, gather_layer
 from simulator.streams.stream import build_stream, merge_streams
 from tracer.trace import LayerTrace, Segment
@@ -91,7 +91,7 @@ class Router:
                 gathered[a] = gather_layer(recorded, segment.forwards, trajectory)
             layer = gathered[a]
             if layer.present.any():
-                selection = policy.select(layer, trajectory, geometry)
+                selection = answer_of(policy, "select", layer, trajectory, geometry)
             else:
                 selection = Selection(layer.expert_ids, layer.count, None)
             offsets = trajectory.forwards.row_offsets

@@ -143,8 +143,7 @@ class PlacementTally:
             },
             "bytes_to_gpu": int(of_layer[:, PROMOTIONS] @ self.sizes),
             "bytes_to_host": int(of_layer[:, COPIED_BACK] @ self.sizes),
-            # Every layer's slots are its own, so each layer's most adds up; one cache over all layers has one most.
-            "resident_bytes": int(self.held.max() if self.scope == "global" else self.held.sum()),
+            "resident_bytes": self.resident_bytes,
             "gpu_tokens_per_promotion": ratio(gpu, promotions),
             "refreshes": refreshes if refreshes else None,
             "surplus_refreshes": ratio(surplus, refreshes),
@@ -157,6 +156,11 @@ class PlacementTally:
         seen = np.flatnonzero(of_lag[:, 1])
         return [ratio(*row) for row in of_lag[: seen[-1] + 1]] if len(seen) else None
 
+    @property
+    def resident_bytes(self) -> int:
+        """What was held at most: every layer's slots are its own and add up, one cache over all layers has one most."""
+        return int(self.held.max() if self.scope == "global" else self.held.sum())
+
     def latency(self, cost: int | None, accepted: int) -> dict[str, Any]:
         """The latency keys on one of the cost models; all null without one. ``speedup`` is the result's to fill."""
         if cost is None:
@@ -167,7 +171,7 @@ class PlacementTally:
         return {
             "latency_s": total,
             "latency": dict(zip(PARTS, parts, strict=True)),
-            "tokens_per_s": ratio(accepted, total),
+            "tokens_per_s": ratio(accepted, total) if accepted else None,
             "speedup": None,
         }
 

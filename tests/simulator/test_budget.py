@@ -89,7 +89,7 @@ def test_a_replay_shares_a_budget_out_by_the_loads_of_its_trace():
     assert auto["resident_bytes"] == sum(held) * 100
     tokens = sum(sum(sorted(of_layer, reverse=True)[:n]) for of_layer, n in zip(naive_loads(trace), held, strict=True))
     assert auto["gpu_tokens"] == tokens
-    assert any("shared out by the loads of the replayed run" in note for note in result.runs[1].notes)
+    assert any("shared out by the recorded loads" in note for note in result.runs[1].notes)
     assert not any("shared out" in note for note in result.runs[0].notes)
 
 

@@ -186,7 +186,8 @@ def test_several_groups_in_one_go_equal_each_alone():
     for run, (routing, gpus, name) in zip(runs, specs, strict=True):
         assert run["routing"]["name"] == routing.split(":")[0]
         alone = expert_parallel(trace, gpus, name, routing).summary
-        assert {key: value for key, value in run.items() if key != "routing"} == alone
+        assert {key: run[key] for key in alone} == alone
+        assert run["estimate"] == (routing != "vanilla") and ("open loop" in run["notes"][0]) == run["estimate"]
 
 
 @pytest.mark.parametrize("asked", [{"gpus": [10]}, {"placements": ["nearest"]}, {"routings": ["nothing"]}])

@@ -126,3 +126,11 @@ def test_two_files_of_one_name_do_not_meet(tmp_path, own):
     other.write_text(OWN.replace("share: float = 0.5", "share: float = 0.75"), encoding="utf-8")
     assert load_policy("routing", f"{own}:width=1").share == 0.5
     assert load_policy("routing", f"{other}:width=1").share == 0.75
+
+
+def test_whole_numbers_may_be_written_with_an_exponent():
+    assert load_policy("residency", "lru:budget_bytes=1.5e6").budget_bytes == 1_500_000
+    with pytest.raises(UserError, match=r"budget=2\.5 is not a whole number"):
+        load_policy("residency", "lru:budget=2.5")
+    with pytest.raises(UserError, match="budget=inf is not a whole number"):
+        load_policy("residency", "lru:budget=inf")

@@ -344,6 +344,49 @@ def test_several_machines_come_innermost():
     assert halves[0].equals(halves[1]) and halves[2].equals(halves[3])
 
 
+def test_a_policy_that_decides_by_the_machine_takes_one_machine():
+    trace = random_trace(1, expert_bytes={1: 1000, 2: 1000})
+    machines = ["h100-pcie5", "a100-pcie4"]
+    with pytest.raises(UserError, match="fiddler decides by the machine it runs on"):
+        replay(trace, residency=["fiddler:budget=2"], hardware=machines)
+    assert len(replay(trace, residency=["fiddler:budget=2,cpu_tokens_max=1"], hardware=machines).runs) == 2
+
+
+def test_a_cache_that_held_more_than_its_budget_says_so():
+    trace = random_trace(1, expert_bytes={1: 1000, 2: 1000})
+    small, whole, fixed = replay(trace, residency=["lru:budget=1", "lru:budget=7", "static:budget=1"]).runs
+    assert small.summary["resident_bytes"] > 2000
+    assert any("lru held up to" in note and "more than its budget of 0.002 MB" in note for note in small.notes)
+    assert not any("more than its budget" in note for run in (whole, fixed) for note in run.notes)
+
+
+@pytest.mark.parametrize("axis", ["routing", "residency"])
+@pytest.mark.parametrize(("body", "says"), [("return None", "answers nothing"), ("return 1 / 0", "ZeroDivisionError")])
+def test_what_fails_in_a_policy_of_ones_own_is_told_in_a_sentence(axis, body, says, tmp_path):
+    method = {"routing": "select", "residency": "place"}[axis]
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass Mine:\n    requires = frozenset()\n"
+        "    passes, scope = 1, 'layer'\n\n    def start(self, *_):\n        pass\n\n"
+        f"    def {method}(self, *_):\n        {body}\n"
+    )
+    with pytest.raises(UserError, match=f"The policy mine .*{says}") as refused:
+        replay(random_trace(1), **{axis: [str(path)]})
+    assert "\n" not in str(refused.value)
+
+
+def test_one_spec_alone_is_as_good_as_a_list():
+    trace = random_trace(1)
+    assert replay(trace, "vanilla", "lru:budget=2").to_json() == replay(trace, ["vanilla"], ["lru:budget=2"]).to_json()
+
+
+def test_a_replay_is_not_written_into_a_trace(tmp_path):
+    (tmp_path / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="is a trace; name another folder"):
+        replay(random_trace(1)).write(tmp_path, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]
+
+
 def test_policies_are_refused_before_anything_is_read():
     trace = replace(random_trace(1, level="ids"), holds=frozenset({"weights"}))
     trace.segments = None

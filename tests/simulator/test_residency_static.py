@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from simulator.registry import describe, load_policy
 from simulator.replay import replay
 from simulator.streams.gather import geometry_of
+from tests.simulator.test_budget import naive_loads, naive_share
 from tests.simulator.traces import geometry, random_trace
 from tests.tracer.recorded import record
 from tracer import parquet
@@ -53,6 +54,19 @@ def test_popularity_of_another_trace_equals_lists_and_loops(seed, budget, segmen
         run = replay(replayed, residency=[policy]).runs[0]
     assert run.summary["gpu_tokens"] == naive_hits(replayed, residents)
     assert run.summary["promotions"] == run.summary["demotions"] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_split_goes_by_the_loads_of_the_trace_fitted_on(seed, monkeypatch):
+    other, replayed = random_trace(seed), random_trace(seed + 1)
+    monkeypatch.setattr(parquet, "open_trace", {"other.trace": other}.get)
+    policy = load_policy("residency", "static:budget=3,split=auto,fit_on=other.trace")
+    sizes = [replayed.meta.model.expert_bytes[layer] for layer in LAYERS]
+    held = naive_share(3 * sum(sizes), sizes, naive_loads(other))
+    residents = {layer: naive_residents(other, layer, n) for layer, n in zip(LAYERS, held, strict=True)}
+    run = replay(replayed, residency=[policy]).runs[0]
+    assert run.summary["gpu_tokens"] == naive_hits(replayed, residents)
+    assert not any("shared out" in note for note in run.notes)
 
 
 def stored(folder, name, seed, **shape):
