@@ -352,6 +352,7 @@ def demo(
         names = list(product(DEMO_ROUTING, DEMO_RESIDENCY))
         show(run_table([(t.meta.model.id, names, r) for t, r in zip(traces, results, strict=True)]))
         typer.echo("Rows in italics are estimates: other experts or other forwards than the recorded ones.")
+        typer.echo("held: expert weights in fast memory at most; a cache that loads on demand may outgrow its budget.")
     typer.echo(f"The report is {report.resolve()}" if shown else str(report))
 
 
