@@ -46,6 +46,16 @@ def of_pieces(specs, pieces, first_block):
     return MemoryTrace(meta, first_block, pieces)
 
 
+def without_ties(trace, seed):
+    """The same trace with gate weights no two of which, and no two sums of which, are equal, as float16 ones may be."""
+
+    def layer(old):
+        noise = np.random.default_rng((seed, old.layer)).uniform(0.999, 1.001, old.gate_weights.shape)
+        return replace(old, gate_weights=(old.gate_weights * noise).astype(np.float32))
+
+    return replace(trace, pieces=[replace(p, load=lambda n, s, p=p: layer(p.load(n, s))) for p in trace.pieces])
+
+
 def renamed(trace, labels):
     """The same trace with expert e called labels[e]: ids, score columns and biases."""
     back = np.argsort(labels)
@@ -85,7 +95,7 @@ def selected(trace, name):
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=15, deadline=None)
 def test_other_names_for_experts_give_the_same_selection_under_those_names(name, seed):
-    trace = decoded(seed)
+    trace = without_ties(decoded(seed), seed)
     labels = np.random.default_rng(seed).permutation(E)
     spec = WITHOUT_TIES.get(name, name)
     before, after = selected(trace, spec), selected(renamed(trace, labels), spec)
@@ -130,6 +140,9 @@ def constant_gate():
     return MemoryTrace(meta, trace.first_block, pieces)
 
 
+PER_CALL = ("forward_id", "row_offsets", "part_offsets")
+
+
 def cut(trace, keep):
     """A trace of those model calls of the first segment that ``keep(forwards)`` names, one part each."""
     piece = trace.pieces[0]
@@ -141,25 +154,9 @@ def cut(trace, keep):
         forward_id=forwards.forward_id[calls],
         row_offsets=np.concatenate(([0], np.cumsum(np.diff(forwards.row_offsets)[calls]))),
         part_offsets=np.arange(len(calls) + 1),
-        **{
-            name: getattr(forwards, name)[calls]
-            for name in (
-                "request_id", "kind", "block", "step", "row_start", "num_tokens", "kv_tokens", "num_masked", "num_accepted",
-                "branches", "chosen_branch", "duration_ns",
-            )
-        },
-    )  # fmt: skip
-    names = (
-        "position",
-        "token_id",
-        "state",
-        "predicted_id",
-        "confidence",
-        "argmax_id",
-        "argmax_confidence",
-        "accepted",
+        **{f.name: getattr(forwards, f.name)[calls] for f in fields(forwards) if f.name not in PER_CALL},
     )
-    tokens = replace(piece.tokens, **{name: getattr(piece.tokens, name)[rows] for name in names})
+    tokens = replace(piece.tokens, **{f.name: getattr(piece.tokens, f.name)[rows] for f in fields(piece.tokens)})
 
     def load(number, with_scores):
         layer = piece.load(number, with_scores)
