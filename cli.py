@@ -267,10 +267,11 @@ def replay(
     """
     from analysis.terminal import run_table, show
     from simulator.replay import replay as run_replay
+    from simulator.residency.static import fitted
     from tracer.parquet import open_trace
 
     opened = open_trace(trace)
-    residency = _fitted(residency, fit)
+    residency = fitted(residency, fit) if fit is not None else residency
     names = [(one, other) for one, other, _ in product(routing, residency, hardware or [""])]
     result = _run_replay(run_replay, opened, routing, residency, hardware, not (as_json or quiet))
     if out is not None:
@@ -283,20 +284,6 @@ def replay(
         for note in _notes(result):
             typer.echo(note)
     typer.echo(_count(len(result.runs), "run") + (f", written to {out}" if out is not None else ""))
-
-
-def _fitted(residency: list[str], fit: Path | None) -> list[str]:
-    """Specs of static with the trace to fit it on."""
-    if fit is None:
-        return residency
-    if not any(spec.partition(":")[0] == "static" for spec in residency):
-        from tracer.errors import UserError
-
-        raise UserError("--fit names the trace that static counts popularity on; add --residency static:budget=N.")
-    return [
-        f"{spec}{',' if ':' in spec else ':'}fit_on={fit}" if spec.partition(":")[0] == "static" else spec
-        for spec in residency
-    ]
 
 
 def _run_replay(run_replay, opened, routing, residency, hardware, shown: bool):

@@ -20,6 +20,7 @@ from simulator.policy import ExpertStream, Geometry
 from simulator.registry import describe
 from simulator.runs import trusted
 from simulator.streams.gather import geometry_of
+from simulator.streams.loads import add_loads
 from simulator.streams.routed import Router
 from tracer.errors import UserError
 from tracer.jit import njit
@@ -89,14 +90,6 @@ def _gpu_loads(offsets, cell_layer, experts, tokens, gpu_of_expert, gpu_tokens, 
             gpu = gpu_of_expert[at, experts[i]]
             gpu_tokens[c, gpu] += np.int64(tokens[i])
             gpu_experts[c, gpu] += 1
-
-
-@njit
-def _expert_loads(offsets, cell_layer, experts, tokens, loads):
-    """Add a stream's tokens to ``loads`` int64 [L, E]."""
-    for c in range(len(offsets) - 1):
-        for i in range(offsets[c], offsets[c + 1]):
-            loads[cell_layer[c], experts[i]] += np.int64(tokens[i])
 
 
 def expert_parallel(
@@ -203,7 +196,7 @@ def _groups(
     loads = np.zeros((layers, experts), np.int64)
     if any(placement == "balanced" for _, placement in groups):
         for _, _, stream in streams():
-            _expert_loads(stream.offsets, stream.cell_layer, stream.experts, stream.tokens, loads)
+            add_loads(stream, loads)
     lying = [np.stack([place_experts(experts, *group, loads[at]) for at in range(layers)]) for group in groups]
     cells: list[list[pl.DataFrame]] = [[] for _ in groups]
     for routed in streams():

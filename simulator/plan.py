@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from simulator.cost import CostModel
@@ -11,7 +11,7 @@ from simulator.policy import ACTIVE, BRANCHES, CONFIDENCE, SCORES, TOKENS, WEIGH
 from simulator.pricing import priced_on
 from simulator.registry import describe, load_policy
 from simulator.streams.gather import geometry_of
-from simulator.streams.loads import recorded_loads
+from simulator.streams.loads import loaded_geometry
 from tracer.errors import UserError
 
 LACKS = {
@@ -99,10 +99,9 @@ def make_plan(
             _check(axis, policy, trace)
     names = [hardware] if hardware is None or isinstance(hardware, str) else list(hardware)
     machines = [_machine(name, trace) for name in names or [None]]
-    geometry = geometry_of(trace)
     # A policy fitted on another trace shares its budget out by the loads of that one.
-    if any(getattr(p, "split", None) and not getattr(p, "fit_on", None) for p in residencies):
-        geometry = replace(geometry, loads=tuple(tuple(of_layer) for of_layer in recorded_loads(trace).tolist()))
+    split = any(getattr(p, "split", None) and not getattr(p, "fit_on", None) for p in residencies)
+    geometry = loaded_geometry(trace) if split else geometry_of(trace)
     if len(machines) == 1 and machines[0].cost is not None:
         cost = machines[0].cost
         residencies = [p.priced(cost, geometry) if hasattr(p, "priced") else p for p in residencies]

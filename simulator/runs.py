@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from simulator.budget import Budgeted
 from simulator.plan import Plan
 from simulator.policy import Geometry
 from simulator.registry import describe
@@ -112,7 +113,8 @@ def budget_notes(residency: Any, geometry: Geometry, resident_bytes: int) -> lis
     resident_bytes : int
         What it held at most.
     """
-    if not getattr(residency, "limited", False):
+    limited = isinstance(residency, Budgeted) and residency.limited
+    if not limited:
         return []
     known = residency.split is not None and getattr(residency, "fit_on", None) is None
     found = [SPLIT] if known else []
@@ -128,7 +130,7 @@ def budget_notes(residency: Any, geometry: Geometry, resident_bytes: int) -> lis
         found.append(
             f"vram_gib={residency.vram_gib:g} leaves {name} no room for experts after other weights and the reserve."
         )
-    if hasattr(residency, "on_demand") and resident_bytes > allowed:
+    if getattr(residency, "on_demand", False) and resident_bytes > allowed:
         found.append(
             f"{name} held up to {resident_bytes / 1e6:.4g} MB, more than its budget of {allowed / 1e6:.4g} MB: it loads all "
             "that a batch needs and evicts none of it before the next batch, so a budget below a batch's unique experts acts "

@@ -7,9 +7,10 @@ case.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar
 
@@ -18,8 +19,7 @@ import numpy as np
 from simulator.budget import Budgeted
 from simulator.caching.placement import fixed
 from simulator.policy import ExpertStream, Geometry, Placement
-from simulator.streams.gather import geometry_of
-from simulator.streams.loads import recorded_loads
+from simulator.streams.loads import add_loads, loaded_geometry
 from tracer.errors import UserError
 from tracer.trace import ForwardTable
 
@@ -58,12 +58,11 @@ class Static(Budgeted):
         return (f"static takes the popularity of experts from {self.fit_on}.",)
 
     @cached_property
-    def _popularity(self) -> tuple[Geometry, np.ndarray]:
-        """Geometry of the trace to fit on, and the tokens of its experts, int64 [L, E]."""
+    def _fitted_on(self) -> Geometry:
+        """Geometry of the trace to fit on, with the loads of its experts; read once."""
         from tracer.parquet import open_trace
 
-        trace = open_trace(str(self.fit_on))
-        return geometry_of(trace), recorded_loads(trace)
+        return loaded_geometry(open_trace(str(self.fit_on)))
 
     def start(self, geometry: Geometry, layer: int | None) -> np.ndarray:
         """bool [E]: the B experts of most tokens in the trace to fit on; without one the first experts by index.
@@ -76,24 +75,23 @@ class Static(Budgeted):
         load = np.zeros(geometry.num_experts, np.int64)
         if self.fit_on is not None:
             with _READING:
-                other, loads = self._popularity
+                other = self._fitted_on
             theirs, ours = _experts(other), _experts(geometry)
             if theirs != ours:
                 raise UserError(
                     f"static cannot be fitted on {self.fit_on}: its model has {theirs}, the replayed trace's has {ours}; "
                     "give a trace of the same model."
                 )
-            load = loads[layer or 0]
-            geometry = replace(geometry, loads=tuple(tuple(of_layer) for of_layer in loads.tolist()))
+            load = np.array((other.loads or ())[layer or 0], np.int64)
+            geometry = replace(geometry, loads=other.loads)
         return self._most_used(load, geometry, layer)
 
     def fit(self, streams: Iterable[ExpertStream], geometry: Geometry, layer: int | None) -> np.ndarray:
         """bool [E]: the B experts of most tokens over all streams, ties to the lowest id."""
-        load = np.zeros(geometry.num_experts, np.int64)
+        loads = np.zeros((len(geometry.layers), geometry.num_experts), np.int64)
         for stream in streams:
-            # Sums of whole numbers below 2 ** 53 are exact as floats.
-            load += np.bincount(stream.experts, stream.tokens, geometry.num_experts).astype(np.int64)
-        return self._most_used(load, geometry, layer)
+            add_loads(stream, loads)
+        return self._most_used(loads[layer or 0], geometry, layer)
 
     def _most_used(self, load: np.ndarray, geometry: Geometry, layer: int | None) -> np.ndarray:
         resident = np.zeros(geometry.num_experts, bool)
@@ -105,6 +103,23 @@ class Static(Budgeted):
     ) -> tuple[Placement, Any]:
         """Residents hit and run on the GPU, the others on the CPU."""
         return fixed(stream, state), state
+
+
+def fitted(specs: Sequence[str], trace: str | Path) -> list[str]:
+    """Residency specs, those of static with the trace to fit it on.
+
+    Raises
+    ------
+    UserError
+        None of them is static's.
+    """
+    own = [spec.partition(":")[0] == "static" for spec in specs]
+    if not any(own):
+        raise UserError("--fit names the trace that static counts popularity on; add --residency static:budget=N.")
+    return [
+        f"{spec}{',' if ':' in spec else ':'}fit_on={trace}" if mine else spec
+        for spec, mine in zip(specs, own, strict=True)
+    ]
 
 
 def _experts(geometry: Geometry) -> str:

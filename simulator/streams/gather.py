@@ -45,6 +45,16 @@ def check_trajectory(trajectory: Trajectory, segment: Segment, name: str) -> Non
         )
 
 
+def recorded_layer(
+    segment: Segment, at: int, geometry: Geometry, with_scores: bool = False, with_weights: bool = True
+) -> LayerTrace:
+    """A segment's layer by its index in ``Geometry.layers``, empty where it ran in no call; otherwise as ``Segment.layer``."""
+    number = geometry.layers[at]
+    if number in segment.layers:
+        return segment.layer(number, with_scores, with_weights)
+    return absent_layer(number, segment.forwards, geometry.routers[number])
+
+
 def absent_layer(layer: int, forwards: ForwardTable, router: Any) -> LayerTrace:
     """A layer that ran in no call of a segment."""
     rows = forwards.num_rows

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from simulator.policy import ExpertStream
+from simulator.policy import ExpertStream, Geometry
 from simulator.streams.gather import geometry_of
 from simulator.streams.recorded import serve_recorded
-from tracer.trace import ForwardTable
+from tracer.jit import njit
 
 
 def recorded_loads(trace: Any) -> np.ndarray:
@@ -32,15 +33,24 @@ def recorded_loads(trace: Any) -> np.ndarray:
     """
     geometry = geometry_of(trace)
     loads = np.zeros((len(geometry.layers), geometry.num_experts), np.int64)
-
-    def begin(forwards: ForwardTable) -> Any:
-        def serve(at: int, stream: ExpertStream) -> None:
-            # Sums of whole numbers below 2 ** 53 are exact as floats.
-            counted = np.bincount(stream.experts, weights=stream.tokens, minlength=geometry.num_experts)
-            loads[at] += counted.astype(np.int64)
-
-        return serve
-
-    for _ in serve_recorded(trace, begin, weights=False, ordered=False):
+    # Layers go side by side, each to a row of its own.
+    for _ in serve_recorded(trace, lambda _: lambda _, stream: add_loads(stream, loads), weights=False, ordered=False):
         pass
     return loads
+
+
+def loaded_geometry(trace: Any) -> Geometry:
+    """The geometry of an opened trace with the recorded loads of its experts, in one pass over it."""
+    return replace(geometry_of(trace), loads=tuple(tuple(of_layer) for of_layer in recorded_loads(trace).tolist()))
+
+
+def add_loads(stream: ExpertStream, loads: np.ndarray) -> None:
+    """Add a stream's tokens to ``loads``, int64 [L, E]."""
+    _add(stream.offsets, stream.cell_layer, stream.experts, stream.tokens, loads)
+
+
+@njit
+def _add(offsets, cell_layer, experts, tokens, loads):
+    for c in range(len(offsets) - 1):
+        for i in range(offsets[c], offsets[c + 1]):
+            loads[cell_layer[c], experts[i]] += np.int64(tokens[i])

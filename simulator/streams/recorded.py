@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from simulator.policy import ExpertStream, Selection
-from simulator.streams.gather import absent_layer, geometry_of
+from simulator.streams.gather import geometry_of, recorded_layer
 from simulator.streams.stream import build_stream
 from tracer.trace import ForwardTable
 
@@ -54,11 +54,7 @@ def serve_recorded(
             serve = begin(segment.forwards)
 
             def job(at: int, segment: Any = segment, serve: Callable[[int, ExpertStream], Answer] = serve) -> Answer:
-                number = geometry.layers[at]
-                if number in segment.layers:
-                    layer = segment.layer(number, with_weights=weights)
-                else:
-                    layer = absent_layer(number, segment.forwards, geometry.routers[number])
+                layer = recorded_layer(segment, at, geometry, with_weights=weights)
                 selection = Selection(layer.expert_ids, layer.count, layer.gate_weights if weights else None)
                 offsets = segment.forwards.row_offsets
                 stream = build_stream(selection, offsets, at, geometry.num_experts, layer.present, ordered=ordered)

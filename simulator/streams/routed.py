@@ -10,7 +10,7 @@ import numpy as np
 from simulator.plan import Plan
 from simulator.policy import ExpertStream, Selection, Trajectory
 from simulator.registry import answer_of, describe
-from simulator.streams.gather import absent_layer, check_trajectory, current_block_rows, gather_layer
+from simulator.streams.gather import check_trajectory, current_block_rows, gather_layer, recorded_layer
 from simulator.streams.stream import build_stream, merge_streams
 from tracer.trace import LayerTrace, Segment
 
@@ -78,11 +78,7 @@ class Router:
             yield from routed.kept[at]
             return
         geometry, segment = self.plan.geometry, routed.segment
-        number = geometry.layers[at]
-        if number in segment.layers:
-            recorded = segment.layer(number, self.plan.with_scores)
-        else:
-            recorded = absent_layer(number, segment.forwards, geometry.routers[number])
+        recorded = recorded_layer(segment, at, geometry, self.plan.with_scores)
         gathered: dict[int, LayerTrace] = {}
         for r, policy in enumerate(self.plan.routings):
             a = self.plan.acceptance_of[r]
