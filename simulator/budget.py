@@ -74,8 +74,8 @@ class Budgeted:
                 "give it budget=EXPERTS_PER_LAYER, budget_bytes=BYTES or vram_gib=GIB."
             )
 
-    def experts_per_layer(self, geometry: Geometry, layer: int) -> int:
-        """Experts a layer may hold, between 0 and E.
+    def experts_by_layer(self, geometry: Geometry) -> tuple[int, ...]:
+        """Experts each layer may hold, between 0 and E, in the order of ``geometry.layers``.
 
         Bytes are shared out equally: a layer gets floor(bytes / number of MoE layers), and of that whole experts. With
         ``split="auto"`` they are shared out by :func:`share_out`.
@@ -84,8 +84,6 @@ class Budgeted:
         ----------
         geometry : Geometry
             Of the traced model.
-        layer : int
-            Index into ``geometry.layers``.
 
         Raises
         ------
@@ -98,13 +96,17 @@ class Budgeted:
             if geometry.loads is None:
                 raise UserError("split=auto shares a budget out by the loads of a trace; replay one with this policy.")
             sizes = tuple(geometry.expert_bytes[one] for one in geometry.layers)
-            return share_out(self._total(geometry), sizes, geometry.loads)[layer]
-        experts = geometry.num_experts if self.budget is None else int(self.budget)
+            return share_out(self._total(geometry), sizes, geometry.loads)
+        most = geometry.num_experts if self.budget is None else min(int(self.budget), geometry.num_experts)
         allowed = self._bytes(geometry)
-        if allowed is not None:
-            share = allowed // len(geometry.layers)
-            experts = min(experts, share // geometry.expert_bytes[geometry.layers[layer]])
-        return min(experts, geometry.num_experts)
+        if allowed is None:
+            return (most,) * len(geometry.layers)
+        share = allowed // len(geometry.layers)
+        return tuple(min(most, share // geometry.expert_bytes[layer]) for layer in geometry.layers)
+
+    def experts_per_layer(self, geometry: Geometry, layer: int) -> int:
+        """As :meth:`experts_by_layer` for one layer, an index into ``geometry.layers``."""
+        return self.experts_by_layer(geometry)[layer]
 
     def total_bytes(self, geometry: Geometry) -> int:
         """Bytes a cache over all layers may hold; ``budget`` counts as that many experts of every layer.
@@ -112,7 +114,7 @@ class Budgeted:
         Raises
         ------
         UserError
-            As :meth:`experts_per_layer`, and where one cache over all layers is to be split.
+            As :meth:`experts_by_layer`, and where one cache over all layers is to be split.
         """
         self._check()
         if self.split is not None:

@@ -125,10 +125,10 @@ class _Curves:
         # Layers of equal bytes have equal capacities.
         alike = [None if at is None else geometry.expert_bytes[geometry.layers[at]] for at in scopes]
         found = {
-            key: [capacity_and_sizes(policy, geometry, at) for policy in policies]
+            key: [capacity_and_sizes(policy, geometry, at, self.shared) for policy in policies]
             for key, at in dict(zip(alike, scopes, strict=True)).items()
         }
-        capacities = np.array([[capacity for capacity, _ in found[key]] for key in alike], np.int64)
+        capacities = np.array([[capacity[0] for capacity, _ in found[key]] for key in alike], np.int64)
         self.places = np.argsort(capacities, axis=1, kind="stable")
         self.capacities = np.take_along_axis(capacities, self.places, axis=1)
         self.stacks = [empty_stack(experts, found[key][0][1]) for key in alike]

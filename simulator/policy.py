@@ -138,6 +138,8 @@ class ResidencyPolicy(Protocol):
 
     ``on_demand = True`` (optional) says that it loads whatever a batch needs, so that it may hold more than its budget.
     ``ordered = False`` (optional) says that placements depend neither on the order of a cell's entries nor on their last touch.
+    ``together = True`` (optional) says that a policy with scope "layer" can also serve all layers in one stream, each as it
+    would alone; its ``layer`` is None then.
     ``passes = 2`` policies get ``fit`` called with every stream of the run, in order, before the first ``place``. A policy that
     decides by the machine's speed has ``priced(cost, geometry)``, the policy to use where a replay has exactly one machine.
     """
@@ -147,7 +149,7 @@ class ResidencyPolicy(Protocol):
     scope: str  # "layer" | "global"
 
     def start(self, geometry: Geometry, layer: int | None) -> Any:
-        """Initial state of one layer (an index into ``geometry.layers``), or of all (None, scope "global")."""
+        """Initial state of one layer (an index into ``geometry.layers``), or of all (None)."""
         ...
 
     def fit(self, streams: Iterable[ExpertStream], geometry: Geometry, layer: int | None) -> Any:

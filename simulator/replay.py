@@ -94,7 +94,6 @@ def replay(
             for segment in trace.segments():
                 runner.survey(segment)
                 count(segment)
-        runner.start()
         for routed in runner.segments(trace):
             runner.serve(routed)
             count(routed.segment)
@@ -110,6 +109,8 @@ class _Runner:
         self.router = Router(plan)
         self.residencies = [describe(policy)["name"] for policy in plan.residencies]
         self.pairs = [(r, p) for r in range(len(plan.routings)) for p in range(len(plan.residencies))]
+        # Whether a policy serves all layers in one stream.
+        self.shared = [policy.scope == "global" for policy in plan.residencies]
         self.states: dict[tuple[int, int, int | None], Any] = {}
         self.routed = [RoutingTally(geometry) for _ in plan.routings]
         self.placed = {
@@ -159,9 +160,12 @@ class _Runner:
         self._layers(put_aside, segment)
         self.kept = None
 
-    def start(self) -> None:
-        """Initial states of every policy, in every layer or over all of them."""
+    def _start(self, slots: int) -> None:
+        """Initial states of every policy, in every layer or over all of them; ``slots`` of a layer in the first segment."""
         geometry, kept = self.plan.geometry, self.kept
+        for p, policy in enumerate(self.plan.residencies):
+            # Where layers are too small for threads, one call for all of them is what is fast.
+            self.shared[p] |= slots < SIDE_BY_SIDE and getattr(policy, "together", False)
         layers = range(len(geometry.layers))
 
         def streams(r: int, at: int | None) -> Iterable[ExpertStream]:
@@ -176,30 +180,29 @@ class _Runner:
             policy = self.plan.residencies[p]
             return policy.fit(streams(r, at), geometry, at) if policy.passes == 2 else policy.start(geometry, at)
 
-        keys = [
-            (r, p, at)
-            for r, p in self.pairs
-            for at in ((None,) if self.plan.residencies[p].scope == "global" else layers)
-        ]
+        keys = [(r, p, at) for r, p in self.pairs for at in ((None,) if self.shared[p] else layers)]
         # Policies that fit to streams on disk are worth a thread.
         surveyed = self.kept_decisions if kept is None else 0
         self.states = dict(zip(keys, self._each(job, keys, surveyed), strict=True))
-        if kept is None:
-            self.router = Router(self.plan)
 
     def segments(self, trace: Any) -> Iterable[RoutedSegment]:
         """The trace's segments to be served, as the first pass kept them or begun anew."""
-        return map(self.router.begin, trace.segments()) if self.kept is None else self.kept
+        if self.kept is not None:
+            return self.kept
+        self.router = Router(self.plan)
+        return map(self.router.begin, trace.segments())
 
     def serve(self, routed: RoutedSegment) -> None:
         """Route and place a segment, and add it to every tally."""
         plan = self.plan
+        if not self.states:
+            self._start(routed.segment.forwards.num_rows * plan.geometry.top_k)
         of_routing = [routed.views[a] for a in plan.acceptance_of]
         cells = [RoutedCells.empty(view.trajectory, len(plan.geometry.layers)) for view in of_routing]
         for r, p in self.pairs:
             self.placed[r, p].begin(of_routing[r].trajectory, self.keep_cells)
-        shared = [p for p, policy in enumerate(plan.residencies) if policy.scope == "global"]
-        alone = [p for p in range(len(plan.residencies)) if p not in shared]
+        shared = [p for p, together in enumerate(self.shared) if together]
+        alone = [p for p, together in enumerate(self.shared) if not together]
 
         def place(r: int, p: int, at: int | None, stream: ExpertStream) -> None:
             key = (r, p, at)

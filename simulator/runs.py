@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,14 +124,16 @@ def budget_notes(residency: Any, geometry: Geometry, resident_bytes: int) -> lis
     elif getattr(residency, "fit_on", None) is not None:
         return found
     else:
-        sizes = [geometry.expert_bytes[layer] for layer in geometry.layers]
-        allowed = sum(residency.experts_per_layer(geometry, at) * size for at, size in enumerate(sizes))
-    name = describe(residency)["name"]
-    if allowed == 0 and residency.vram_gib:
+        sizes = (geometry.expert_bytes[layer] for layer in geometry.layers)
+        allowed = sum(map(operator.mul, residency.experts_by_layer(geometry), sizes))
+    empty = not allowed and residency.vram_gib
+    outgrown = getattr(residency, "on_demand", False) and resident_bytes > allowed
+    name = describe(residency)["name"] if empty or outgrown else ""
+    if empty:
         found.append(
             f"vram_gib={residency.vram_gib:g} leaves {name} no room for experts after other weights and the reserve."
         )
-    if getattr(residency, "on_demand", False) and resident_bytes > allowed:
+    if outgrown:
         found.append(
             f"{name} held up to {resident_bytes / 1e6:.4g} MB, more than its budget of {allowed / 1e6:.4g} MB: it loads all "
             "that a batch needs and evicts none of it before the next batch, so a budget below a batch's unique experts acts "

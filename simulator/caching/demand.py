@@ -15,34 +15,41 @@ from simulator.budget import Budgeted
 from simulator.policy import ExpertStream, Geometry, Placement
 
 
-def capacity_and_sizes(policy: Budgeted, geometry: Geometry, layer: int | None) -> tuple[int, np.ndarray]:
-    """Capacity of a cache and the size of an expert of each layer it holds, int64 [layers in scope].
+def capacity_and_sizes(
+    policy: Budgeted, geometry: Geometry, layer: int | None, shared: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Capacity of each cache, int64 [C], and the size of an expert of each layer they hold, int64 [layers].
 
-    One layer's cache counts experts (sizes 1), one over all layers counts bytes.
+    A layer's own cache counts experts (sizes 1): that of ``layer``, or every layer's where it is None. One cache that all
+    layers share counts bytes.
     """
-    if layer is None:
+    if shared:
         sizes = np.array([geometry.expert_bytes[one] for one in geometry.layers], np.int64)
-        return policy.total_bytes(geometry), sizes
-    return policy.experts_per_layer(geometry, layer), np.array([1], np.int64)
+        return np.array([policy.total_bytes(geometry)], np.int64), sizes
+    capacity = np.array(policy.experts_by_layer(geometry), np.int64)[slice(None) if layer is None else [layer]]
+    return capacity, np.ones(len(capacity), np.int64)
 
 
-def demand_placement(serve: Callable[..., None], stream: ExpertStream, sizes: np.ndarray, *arguments: Any) -> Placement:
+def demand_placement(
+    serve: Callable[..., None], stream: ExpertStream, shared: bool, sizes: np.ndarray, *arguments: Any
+) -> Placement:
     """Let a kernel serve a stream; everything runs on the GPU, and nothing is copied back (weights are read-only).
 
     Parameters
     ----------
     serve : callable
         ``serve(offsets, experts, cell_layer, sizes, *arguments, hit, promoted, demoted, peak)``; a key is the expert, or
-        layer * E + expert where there are several sizes, ``peak`` int64 [2, C] takes number and size of those held.
+        layer * E + expert where there are several sizes, ``peak`` int64 [2, cells] takes number and size of those held.
     stream : ExpertStream
         Of one layer, or of all where ``sizes`` has more than one.
+    shared : bool
+        Whether all layers share one cache.
     sizes : np.ndarray
-        int64 [layers in scope].
+        int64 [layers].
     arguments : Any
         Passed on.
     """
     cells = len(stream.cell_forward)
-    shared = len(sizes) > 1 or sizes[0] != 1
     hit = np.empty(len(stream.experts), bool)
     # One array cut up: small streams are many, one a segment, layer and budget.
     counts = np.zeros((5, cells), np.int64)

@@ -14,17 +14,17 @@ from tracer.jit import njit
 
 
 class Ranked(NamedTuple):
-    """Cached keys (expert, or layer * E + expert), all in the heap or in the list of those that wait."""
+    """Keys (expert, or layer * E + expert) of C caches, all of a cache's in its heap or in its list of those that wait."""
 
     priority: np.ndarray  # int64 [keys]
     uses: np.ndarray  # int64 [keys], batches that needed the key so far
     inside: np.ndarray  # bool [keys]
     queued: np.ndarray  # bool [keys], in the heap with no more than its priority
-    heap_priority: np.ndarray  # int64 [4 * keys], as it was when the key was put in
-    heap_key: np.ndarray  # int64 [4 * keys]
+    heap_priority: np.ndarray  # int64 [C, 4 * keys of a cache], as it was when the key was put in
+    heap_key: np.ndarray  # int64 [C, 4 * keys of a cache]
     waits: np.ndarray  # bool [keys], in the list
-    waiting: np.ndarray  # int64 [keys]
-    held: np.ndarray  # int64 [4]: size held, experts held, length of the heap, length of the list
+    waiting: np.ndarray  # int64 [C, keys of a cache]
+    held: np.ndarray  # int64 [C, 4]: size held, experts held, length of the heap, length of the list
 
 
 class Rule(NamedTuple):
@@ -40,13 +40,15 @@ class Rule(NamedTuple):
     forget: bool  # whether an evicted key's uses start anew
 
 
-def empty(keys: int) -> Ranked:
-    """A cache that holds nothing yet."""
+def empty(caches: int, keys: int) -> Ranked:
+    """Caches that share out the keys equally and hold nothing yet."""
     # Few arrays cut up: small caches are many, one a layer and budget.
     priority, uses, waiting = np.zeros((3, keys), np.int64)
     inside, queued, waits = np.zeros((3, keys), bool)
-    heap_priority, heap_key = np.zeros((2, 4 * keys), np.int64)
-    return Ranked(priority, uses, inside, queued, heap_priority, heap_key, waits, waiting, np.zeros(4, np.int64))
+    heap_priority, heap_key = np.zeros((2, caches, 4 * keys // caches), np.int64)
+    waiting = waiting.reshape(caches, -1)
+    held = np.zeros((caches, 4), np.int64)
+    return Ranked(priority, uses, inside, queued, heap_priority, heap_key, waits, waiting, held)
 
 
 @njit
@@ -83,14 +85,13 @@ def _sink(priorities, keys, size, start, priority, key):
 
 
 @njit
-def _pack(cache):
-    """Leave in the heap what counts: of each key inside the entry of its latest touch; the heap's new length."""
-    priorities, keys = cache.heap_priority, cache.heap_key
-    for j in range(cache.held[2]):
+def _pack(cache, priorities, keys, heaped):
+    """Leave in a heap what counts: of each key inside the entry of its latest touch; the heap's new length."""
+    for j in range(heaped):
         cache.queued[keys[j]] = False
     # Literals would have what is called compiled for each of them, here and below.
     kept = np.int64(0)
-    for j in range(cache.held[2]):
+    for j in range(heaped):
         key, priority = keys[j], priorities[j]
         if cache.inside[key] and not cache.queued[key] and priority == cache.priority[key]:
             cache.queued[key] = True
@@ -103,17 +104,16 @@ def _pack(cache):
 
 
 @njit
-def _evict_others(cache, forget, last_batch, batch):
-    """Evict all but the batch."""
-    for j in range(cache.held[2] + cache.held[3]):
-        key = cache.heap_key[j] if j < cache.held[2] else cache.waiting[j - cache.held[2]]
+def _evict_others(cache, keys, waiting, heaped, listed, forget, last_batch, batch):
+    """Evict all of a cache's keys but the batch."""
+    for j in range(heaped + listed):
+        key = keys[j] if j < heaped else waiting[j - heaped]
         cache.queued[key] = False
         cache.waits[key] = False
         if last_batch[key] != batch:
             cache.inside[key] = False
             if forget:
                 cache.uses[key] = 0
-    cache.held[2], cache.held[3] = 0, 0
 
 
 @njit
@@ -123,14 +123,17 @@ def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, ca
     ``lookups`` is the number of those before the stream. Arrays are taken out of the cache and counters kept apart, as a call
     that passes the whole cache on costs more than an eviction.
     """
-    priority, uses, inside, queued, heap_priority, heap_key, waits, waiting, held = cache
+    priority, uses, inside, queued, heap_priorities, heap_keys, waits, every_waiting, every_held = cache
     num_experts = np.uint64(len(inside) // len(sizes))
     last_batch = np.full(len(inside), -1, np.int64)
-    size_held, keys_held, heaped, listed = held
     for c in range(len(offsets) - 1):
         start, stop = offsets[c], offsets[c + 1]
         layer = cell_layer[c] if len(sizes) > 1 else 0
-        first, size = np.uint64(layer) * num_experts, sizes[layer]
+        own = layer if len(every_held) > 1 else 0
+        heap_priority, heap_key = heap_priorities[own], heap_keys[own]
+        waiting, held = every_waiting[own], every_held[own]
+        size_held, keys_held, heaped, listed = held
+        room, first, size = capacity[own], np.uint64(layer) * num_experts, sizes[layer]
         missed = 0
         for i in range(np.uint64(start), np.uint64(stop)):
             key = first + np.uint64(experts[i])
@@ -145,15 +148,13 @@ def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, ca
         keys_held += missed
         promoted[c] = missed
         peak[0, c], peak[1, c] = keys_held, size_held
-        if size_held > capacity and size * (stop - start) > capacity:
-            held[2], held[3] = heaped, listed
-            _evict_others(cache, rule.forget, last_batch, c)
+        if size_held > room and size * (stop - start) > room:
+            _evict_others(cache, heap_key, waiting, heaped, listed, rule.forget, last_batch, c)
             size_held, keys_held, heaped, listed = size * (stop - start), stop - start, 0, 0
-        elif size_held > capacity:
+        elif size_held > room:
             # Only where priorities fall are there ever more entries than keys.
             if heaped + listed > len(heap_key):
-                held[2] = heaped
-                heaped = _pack(cache)
+                heaped = _pack(cache, heap_priority, heap_key, heaped)
             for j in range(listed):
                 key = np.uint64(waiting[j])
                 waits[key] = False
@@ -163,7 +164,7 @@ def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, ca
                     queued[key] = True
                     heaped += 1
             listed = 0
-            while size_held > capacity and heaped > 0:
+            while size_held > room and heaped > 0:
                 entry, key = heap_priority[0], np.uint64(heap_key[0])
                 if inside[key] and last_batch[key] != c and priority[key] > entry:
                     _sink(heap_priority, heap_key, heaped, np.int64(0), priority[key], heap_key[0])
@@ -184,4 +185,4 @@ def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, ca
                 waits[key] = True
                 waiting[listed] = np.int64(key)
                 listed += 1
-    held[0], held[1], held[2], held[3] = size_held, keys_held, heaped, listed
+        held[0], held[1], held[2], held[3] = size_held, keys_held, heaped, listed

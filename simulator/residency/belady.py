@@ -46,6 +46,7 @@ class Belady(Budgeted):
     requires: ClassVar[frozenset[str]] = frozenset()
     on_demand: ClassVar[bool] = True
     passes: ClassVar[int] = 2
+    together: ClassVar[bool] = True
     ordered: ClassVar[bool] = False
     notes: ClassVar[tuple[str, ...]] = ("belady knows the future: a bound, not something to run.",)
 
@@ -55,12 +56,12 @@ class Belady(Budgeted):
 
     def fit(
         self, streams: Iterable[ExpertStream], geometry: Geometry, layer: int | None
-    ) -> tuple[Ranked, int, np.ndarray, tuple[LookAhead, ...]]:
-        """An empty cache, its capacity, the sizes of experts, and what each stream needs to know of those after it.
+    ) -> tuple[Ranked, np.ndarray, np.ndarray, tuple[LookAhead, ...]]:
+        """Empty caches, their capacities, the sizes of experts, and what each stream needs to know of those after it.
 
         Takes four bytes an expert and stream. The streams must then be placed as they are, one by one.
         """
-        capacity, sizes = capacity_and_sizes(self, geometry, layer)
+        capacity, sizes = capacity_and_sizes(self, geometry, layer, self.scope == "global")
         keys = geometry.num_experts * len(sizes)
         several = geometry.num_experts if layer is None else 0
         found: list[LookAhead] = []
@@ -75,7 +76,7 @@ class Belady(Budgeted):
             first = found[n].later
             found[n] = found[n]._replace(later=later)
             later = np.where(first == NEVER, later, first)
-        return empty(keys), capacity, sizes, tuple(found)
+        return empty(len(capacity), keys), capacity, sizes, tuple(found)
 
     def place(
         self, stream: ExpertStream, forwards: ForwardTable, geometry: Geometry, state: Any
@@ -90,7 +91,8 @@ class Belady(Budgeted):
         several, later = geometry.num_experts if len(sizes) > 1 else 0, known.later.copy()
         _note_next(stream.offsets, stream.experts, stream.cell_layer, several, known.cells, later, next_use)
         rule = Rule(of_use=0, of_lookup=0, of_rank=-keys, of_key=1, grows=False, forget=False)
-        placement = demand_placement(serve, stream, sizes, next_use, rule, 0, capacity, cache)
+        shared = self.scope == "global"
+        placement = demand_placement(serve, stream, shared, sizes, next_use, rule, 0, capacity, cache)
         return placement, (cache, capacity, sizes, ahead[1:])
 
 

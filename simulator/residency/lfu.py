@@ -39,11 +39,12 @@ class Lfu(Budgeted):
     requires: ClassVar[frozenset[str]] = frozenset()
     on_demand: ClassVar[bool] = True
     passes: ClassVar[int] = 1
+    together: ClassVar[bool] = True
 
-    def start(self, geometry: Geometry, layer: int | None) -> tuple[Ranked, int, np.ndarray, int]:
-        """An empty cache, its capacity and the sizes of experts in the same unit, and the lookups so far."""
-        capacity, sizes = capacity_and_sizes(self, geometry, layer)
-        return empty(geometry.num_experts * len(sizes)), capacity, sizes, 0
+    def start(self, geometry: Geometry, layer: int | None) -> tuple[Ranked, np.ndarray, np.ndarray, int]:
+        """Empty caches, their capacities and the sizes of experts in the same unit, and the lookups so far."""
+        capacity, sizes = capacity_and_sizes(self, geometry, layer, self.scope == "global")
+        return empty(len(capacity), geometry.num_experts * len(sizes)), capacity, sizes, 0
 
     def place(
         self, stream: ExpertStream, forwards: ForwardTable, geometry: Geometry, state: Any
@@ -53,5 +54,6 @@ class Lfu(Budgeted):
         rule = Rule(of_use=USE, of_lookup=1, of_rank=1, of_key=0, grows=True, forget=self.forget)
         # Of the type of belady's ranks, so that the kernel is compiled once.
         rank = stream.last_touch.astype(np.uint32)
-        placement = demand_placement(serve, stream, sizes, rank, rule, lookups, capacity, cache)
+        shared = self.scope == "global"
+        placement = demand_placement(serve, stream, shared, sizes, rank, rule, lookups, capacity, cache)
         return placement, (cache, capacity, sizes, lookups + len(stream.experts))

@@ -20,12 +20,12 @@ from tracer.trace import ForwardTable
 
 
 class Recency(NamedTuple):
-    """Touches of keys (expert, or layer * E + expert) in a queue, oldest first; of a key only the latest one counts."""
+    """Touches of keys (expert, or layer * E + expert) in a queue a cache, oldest first; of a key only the latest one counts."""
 
-    queue: np.ndarray  # int64 [4 * keys], the key of each touch
-    latest: np.ndarray  # int64 [keys], where the key's latest touch is in the queue
+    queue: np.ndarray  # int64 [C, 4 * keys of a cache], the key of each touch
+    latest: np.ndarray  # int64 [keys], where the key's latest touch is in its cache's queue
     inside: np.ndarray  # bool [keys]
-    held: np.ndarray  # int64 [4]: size held, experts held, first and end of the queue
+    held: np.ndarray  # int64 [C, 4]: size held, experts held, first and end of the queue
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,17 @@ class Lru(Budgeted):
     requires: ClassVar[frozenset[str]] = frozenset()
     on_demand: ClassVar[bool] = True
     passes: ClassVar[int] = 1
+    together: ClassVar[bool] = True
 
-    def start(self, geometry: Geometry, layer: int | None) -> tuple[Recency, int, np.ndarray]:
-        """An empty cache, its capacity in experts (scope "layer") or bytes, and the sizes of experts likewise."""
-        capacity, sizes = capacity_and_sizes(self, geometry, layer)
-        keys = geometry.num_experts * len(sizes)
+    def start(self, geometry: Geometry, layer: int | None) -> tuple[Recency, np.ndarray, np.ndarray]:
+        """Empty caches, their capacities in experts (scope "layer") or bytes, and the sizes of experts likewise."""
+        capacity, sizes = capacity_and_sizes(self, geometry, layer, self.scope == "global")
+        keys, caches = geometry.num_experts * len(sizes), len(capacity)
         cache = Recency(
-            np.zeros(4 * keys, np.int64), np.full(keys, -1, np.int64), np.zeros(keys, bool), np.zeros(4, np.int64)
+            queue=np.zeros((caches, 4 * keys // caches), np.int64),
+            latest=np.full(keys, -1, np.int64),
+            inside=np.zeros(keys, bool),
+            held=np.zeros((caches, 4), np.int64),
         )
         return cache, capacity, sizes
 
@@ -58,14 +62,14 @@ class Lru(Budgeted):
     ) -> tuple[Placement, Any]:
         """Serve the cells in order; each is one batch."""
         cache, capacity, sizes = Recency(*(a.copy() for a in state[0])), state[1], state[2]
-        placement = demand_placement(_serve, stream, sizes, stream.last_touch, capacity, cache)
+        shared = self.scope == "global"
+        placement = demand_placement(_serve, stream, shared, sizes, stream.last_touch, capacity, cache)
         return placement, (cache, capacity, sizes)
 
 
 @njit
-def _pack(cache):
+def _pack(queue, latest, held):
     """Move the touches that count to the start of the queue."""
-    queue, latest, held = cache.queue, cache.latest, cache.held
     # Which touches count is as good as random to a branch predictor, so there is no branch, here and where keys are evicted.
     kept = np.uint64(0)
     for at in range(np.uint64(held[2]), np.uint64(held[3])):
@@ -79,15 +83,17 @@ def _pack(cache):
 
 @njit
 def _serve(offsets, experts, cell_layer, sizes, last_touch, capacity, cache, hit, promoted, demoted, peak):
-    queue, latest, inside, held = cache
+    queues, latest, inside, every_held = cache
     num_experts = np.uint64(len(inside) // len(sizes))
     for c in range(len(offsets) - 1):
         start, stop = offsets[c], offsets[c + 1]
         layer = cell_layer[c] if len(sizes) > 1 else 0
+        own = layer if len(every_held) > 1 else 0
+        queue, held = queues[own], every_held[own]
         first, size = np.uint64(layer) * num_experts, sizes[layer]
         # Every key counts once, so at least three quarters are free after packing.
         if held[3] + stop - start > len(queue):
-            _pack(cache)
+            _pack(queue, latest, held)
         oldest, end = held[2], held[3]
         missed = 0
         # Unsigned indices spare the test for negative ones.
@@ -105,7 +111,7 @@ def _serve(offsets, experts, cell_layer, sizes, last_touch, capacity, cache, hit
         peak[0, c], peak[1, c] = held[1], size_held
         # The queue ends before the batch here, so nothing it touched can be evicted.
         gone = 0
-        while size_held > capacity and oldest < end:
+        while size_held > capacity[own] and oldest < end:
             key = np.uint64(queue[oldest])
             counts = latest[key] == oldest
             inside[key] &= not counts

@@ -32,9 +32,13 @@ class ExactSums:
                 if self._used[j] == len(self._partials[j]):
                     self._partials[j] = np.concatenate((self._partials[j], np.zeros(self._used[j])))
 
+    def partials(self) -> list[list[float]]:
+        """Numbers of each column whose exact sum is that of the column so far."""
+        return [row[:used].tolist() for row, used in zip(self._partials, self._used, strict=True)]
+
     def totals(self) -> list[float]:
         """The sums so far, each correctly rounded."""
-        return [math.fsum(row[:used].tolist()) for row, used in zip(self._partials, self._used, strict=True)]
+        return [math.fsum(of_column) for of_column in self.partials()]
 
 
 @njit

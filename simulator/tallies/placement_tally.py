@@ -7,6 +7,7 @@ fewer active experts than the budget, and GPU tokens a promotion ("promotion uti
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -147,11 +148,11 @@ class PlacementTally:
             "gpu_tokens_per_promotion": ratio(gpu, promotions),
             "refreshes": refreshes if refreshes else None,
             "surplus_refreshes": ratio(surplus, refreshes),
-            "hit_rate_by_lag": self._by_lag(),
+            "hit_rate_by_lag": self._by_lag() if refreshes else None,
         }
 
     def _by_lag(self) -> list[float | None] | None:
-        """Share of tokens that hit, by forwards of the layer since its last refresh; None without refreshes."""
+        """Share of tokens that hit, by forwards of the layer since its last refresh; None without tokens."""
         of_lag = self.by_lag.sum(axis=0)
         seen = np.flatnonzero(of_lag[:, 1])
         return [ratio(*row) for row in of_lag[: seen[-1] + 1]] if len(seen) else None
@@ -166,8 +167,9 @@ class PlacementTally:
         if cost is None:
             return {"latency_s": None, "latency": None, "tokens_per_s": None, "speedup": None}
         dense, total = self.seconds[cost].totals()
-        of_layers = zip(*(parts[cost].totals() for parts in self.parts), strict=True)
-        parts = [dense, *(math.fsum(of_part) for of_part in of_layers)]
+        # Partial sums, so that it does not show which layers were served together.
+        of_layers = zip(*(parts[cost].partials() for parts in self.parts), strict=True)
+        parts = [dense, *(math.fsum(chain(*of_part)) for of_part in of_layers)]
         return {
             "latency_s": total,
             "latency": dict(zip(PARTS, parts, strict=True)),

@@ -7,11 +7,13 @@ from dataclasses import fields, replace
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from simulator.registry import load_policy, policy_names
 from simulator.replay import replay
 from tests.builders import block_run, router
-from tests.simulator.traces import MemoryTrace, geometry, joined, meta_of, plain_forwards, stream_of
+from tests.simulator.traces import MemoryTrace, geometry, joined, meta_of, plain_forwards, random_trace, stream_of
 from tracer.schema import DENOISE
 
 E, K, BUDGET = 60, 4, 9
@@ -65,6 +67,19 @@ def test_every_routing_policy_gives_the_same_answer_segment_by_segment(name, tra
     several, one = (replay(t, [name], ["lru:budget=5"]) for t in (trace, joined(trace)))
     assert several.cells.equals(one.cells)
     assert several.runs[0].to_json() == one.runs[0].to_json()
+
+
+@pytest.mark.parametrize("name", policy_names("residency"))
+@given(seed=st.integers(0, 10**6), budget=st.integers(0, 5))
+@settings(max_examples=10, deadline=None)
+def test_every_residency_policy_answers_for_all_layers_together_as_for_each_alone(name, seed, budget):
+    several = random_trace(seed, segments=3, num_layers=3)
+    together = replay(several, ["vanilla"], [budgeted(name, budget)], "h100-pcie5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simulator.replay.SIDE_BY_SIDE", 0)
+        alone = replay(several, ["vanilla"], [budgeted(name, budget)], "h100-pcie5")
+    assert together.to_json() == alone.to_json()
+    assert together.cells.equals(alone.cells, null_equal=True)
 
 
 @pytest.mark.parametrize("name", policy_names("residency"))

@@ -36,7 +36,7 @@ class CellColumn:
     encoding: str
     _large: bool = field(init=False)
     _kept: list[CellChunk] | None = None
-    _all_null: bool | None = None
+    _lengths: np.ndarray | None = None  # int64, of every cell of the segment
     _lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
@@ -89,13 +89,6 @@ class CellColumn:
             yield from cell_chunks(taken, piece.first + begin + low - piece.low)
             begin += batch.num_rows
 
-    @property
-    def all_null(self) -> bool:
-        """Whether no cell holds anything; looked up once."""
-        if self._all_null is None:
-            self._all_null = all(chunk.valid is not None and not chunk.valid.any() for chunk in self.chunks())
-        return self._all_null
-
     def cell_fault(self, cell: int, message: str) -> TraceError:
         """A fault of a cell of the segment, naming table, part and row."""
         piece = next(p for p in reversed(self.pieces) if p.first <= cell)
@@ -103,11 +96,15 @@ class CellColumn:
 
     def lengths(self, cells: np.ndarray) -> np.ndarray:
         """int64 [M]: bytes of the given cells (ascending); -1 where null or where the column is missing."""
-        found = np.full(len(cells), -1, np.int64)
-        for chunk, wanted, local in self._matches(cells):
-            sizes = chunk.offsets[local + 1] - chunk.offsets[local]
-            found[wanted] = sizes if chunk.valid is None else np.where(chunk.valid[local], sizes, -1)
-        return found
+        if self._lengths is None:
+            last = self.pieces[-1]
+            found = np.full(last.first + last.high - last.low, -1, np.int64)
+            for chunk in self.chunks():
+                sizes = np.diff(chunk.offsets)
+                own = slice(chunk.first, chunk.first + len(chunk))
+                found[own] = sizes if chunk.valid is None else np.where(chunk.valid, sizes, -1)
+            self._lengths = found
+        return self._lengths[cells]
 
     def gather(self, cells: np.ndarray, starts: np.ndarray, sizes: np.ndarray, out: np.ndarray) -> None:
         """Copy cells (ascending) to byte offsets ``starts`` of ``out``, undoing the column's encoding.
@@ -149,6 +146,9 @@ class CellColumn:
     def _matches(self, cells: np.ndarray) -> Iterator[tuple[CellChunk, slice, np.ndarray]]:
         """Chunks that hold some of the cells, which of them (a slice), and their indices in the chunk."""
         for chunk in self.chunks():
+            if len(cells) and chunk.first <= cells[0] and cells[-1] < chunk.first + len(chunk):
+                yield chunk, slice(None), cells - chunk.first
+                return
             low, high = np.searchsorted(cells, (chunk.first, chunk.first + len(chunk)))
             if low < high:
                 yield chunk, slice(low, high), cells[low:high] - chunk.first

@@ -111,8 +111,6 @@ def _read_routed(own: _LayerCells) -> np.ndarray:
     if not whole:
         for first, rows in zip(own.first_row, own.rows, strict=True):
             routed[first : first + rows] = True
-    if column.all_null:
-        return routed
     lengths = column.lengths(own.cells)
     given = np.flatnonzero(lengths >= 0)
     if len(given):
