@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis.metrics.kernels import popcount
+from tracer.bits import popcount
 from tracer.jit import njit
 
 

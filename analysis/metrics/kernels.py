@@ -7,25 +7,10 @@ run. Nothing here checks its input: ids are below E because the trace's reader m
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
+from tracer.bits import popcount
 from tracer.jit import njit
-
-
-def _count_bits(typing_context, word):
-    """Bits set in an unsigned integer, one instruction."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.ctpop(arguments[0])
-
-    return types.uint64(types.uint64), generate
-
-
-popcount: Any = intrinsic(_count_bits)
 
 
 @njit

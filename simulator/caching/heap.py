@@ -1,4 +1,4 @@
-"""Caches that evict by a priority of their own: a binary heap, least priority first, that is put right only when it is asked.
+"""Caches that evict the least used: a binary heap, least priority first, that is put right only when it is asked.
 
 A hit leaves the heap as it is. Keys whose place in it is too late wait in a list until something must go, and a key that comes
 up with a priority that has grown since sinks back.
@@ -12,6 +12,9 @@ import numpy as np
 
 from tracer.jit import njit
 
+# Room for 2 ** 40 lookups below a use, and for 2 ** 23 batches above them.
+USE = 1 << 40
+
 
 class Ranked(NamedTuple):
     """Keys (expert, or layer * E + expert) of C caches, all of a cache's in its heap or in its list of those that wait."""
@@ -19,95 +22,61 @@ class Ranked(NamedTuple):
     priority: np.ndarray  # int64 [keys]
     uses: np.ndarray  # int64 [keys], batches that needed the key so far
     inside: np.ndarray  # bool [keys]
-    queued: np.ndarray  # bool [keys], in the heap with no more than its priority
-    heap_priority: np.ndarray  # int64 [C, 4 * keys of a cache], as it was when the key was put in
-    heap_key: np.ndarray  # int64 [C, 4 * keys of a cache]
+    queued: np.ndarray  # bool [keys], in the heap
+    heap_priority: np.ndarray  # int64 [keys], one cache's heap after the other's; as it was when the key was put in
+    heap_key: np.ndarray  # int64 [keys]
     waits: np.ndarray  # bool [keys], in the list
-    waiting: np.ndarray  # int64 [C, keys of a cache]
+    waiting: np.ndarray  # int64 [keys], one cache's list after the other's
     held: np.ndarray  # int64 [C, 4]: size held, experts held, length of the heap, length of the list
-
-
-class Rule(NamedTuple):
-    """A touched key's priority: the sum of its uses, the number of the batch's first lookup, ``rank[entry]`` and itself, each
-    times the number here. Keys of equal priority may not be; if ``grows``, no touch makes a priority smaller.
-    """
-
-    of_use: int
-    of_lookup: int
-    of_rank: int
-    of_key: int
-    grows: bool
-    forget: bool  # whether an evicted key's uses start anew
 
 
 def empty(caches: int, keys: int) -> Ranked:
     """Caches that share out the keys equally and hold nothing yet."""
     # Few arrays cut up: small caches are many, one a layer and budget.
-    priority, uses, waiting = np.zeros((3, keys), np.int64)
+    priority, uses, heap_priority, heap_key, waiting = np.zeros((5, keys), np.int64)
     inside, queued, waits = np.zeros((3, keys), bool)
-    heap_priority, heap_key = np.zeros((2, caches, 4 * keys // caches), np.int64)
-    waiting = waiting.reshape(caches, -1)
     held = np.zeros((caches, 4), np.int64)
     return Ranked(priority, uses, inside, queued, heap_priority, heap_key, waits, waiting, held)
 
 
 @njit
-def _rise(priorities, keys, end, priority, key):
-    """Put a key in at the end of the heap."""
+def _rise(priorities, keys, base, end, priority, key):
+    """Put a key in at the end of the heap that begins at ``base``."""
     # Unsigned indices spare the test for negative ones, here and below.
     at = np.uint64(end)
     while at > 0:
         above = (at - np.uint64(1)) >> np.uint64(1)
-        if priorities[above] <= priority:
+        if priorities[base + above] <= priority:
             break
-        priorities[at] = priorities[above]
-        keys[at] = keys[above]
+        priorities[base + at] = priorities[base + above]
+        keys[base + at] = keys[base + above]
         at = above
-    priorities[at] = priority
-    keys[at] = key
+    priorities[base + at] = priority
+    keys[base + at] = key
 
 
 @njit
-def _sink(priorities, keys, size, start, priority, key):
-    """Put a key in at ``start`` or below, in a heap of ``size`` keys."""
-    at, child, end = np.uint64(start), np.uint64(2 * start + 1), np.uint64(size)
+def _sink(priorities, keys, base, size, priority, key):
+    """Put a key in at the top of a heap of ``size`` keys that begins at ``base``, or below."""
+    at, child, end = np.uint64(0), np.uint64(1), np.uint64(size)
     while child < end:
         right = min(child + np.uint64(1), end - np.uint64(1))
-        child = right if priorities[right] < priorities[child] else child
-        if priorities[child] >= priority:
+        child = right if priorities[base + right] < priorities[base + child] else child
+        if priorities[base + child] >= priority:
             break
-        priorities[at] = priorities[child]
-        keys[at] = keys[child]
+        priorities[base + at] = priorities[base + child]
+        keys[base + at] = keys[base + child]
         at = child
         child = at + at + np.uint64(1)
-    priorities[at] = priority
-    keys[at] = key
+    priorities[base + at] = priority
+    keys[base + at] = key
 
 
 @njit
-def _pack(cache, priorities, keys, heaped):
-    """Leave in a heap what counts: of each key inside the entry of its latest touch; the heap's new length."""
-    for j in range(heaped):
-        cache.queued[keys[j]] = False
-    # Literals would have what is called compiled for each of them, here and below.
-    kept = np.int64(0)
-    for j in range(heaped):
-        key, priority = keys[j], priorities[j]
-        if cache.inside[key] and not cache.queued[key] and priority == cache.priority[key]:
-            cache.queued[key] = True
-            keys[kept] = key
-            priorities[kept] = priority
-            kept += 1
-    for j in range(kept // 2 - 1, -1, -1):
-        _sink(priorities, keys, kept, j, priorities[j], keys[j])
-    return kept
-
-
-@njit
-def _evict_others(cache, keys, waiting, heaped, listed, forget, last_batch, batch):
-    """Evict all of a cache's keys but the batch."""
-    for j in range(heaped + listed):
-        key = keys[j] if j < heaped else waiting[j - heaped]
+def _evict_others(cache, base, heaped, listed, forget, last_batch, batch):
+    """Evict all keys but the batch of the cache whose heap and list begin at ``base``."""
+    for j in range(np.uint64(heaped + listed)):
+        key = cache.heap_key[base + j] if j < heaped else cache.waiting[base + j - np.uint64(heaped)]
         cache.queued[key] = False
         cache.waits[key] = False
         if last_batch[key] != batch:
@@ -117,22 +86,25 @@ def _evict_others(cache, keys, waiting, heaped, listed, forget, last_batch, batc
 
 
 @njit
-def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, cache, hit, promoted, demoted, peak):
+def serve(
+    offsets, experts, cell_layer, sizes, last_touch, forget, lookups, capacity, cache, hit, promoted, demoted, peak
+):
     """Serve batches on demand: load the missing, evict after the batch by least priority, never what the batch touched.
 
-    ``lookups`` is the number of those before the stream. Arrays are taken out of the cache and counters kept apart, as a call
-    that passes the whole cache on costs more than an eviction.
+    A key's priority is its uses, then its last touch; no touch makes it smaller while it is held. ``lookups`` is the number of
+    those before the stream; ``forget``: an evicted key's uses start anew. Arrays are taken out of the cache, counters kept
+    apart and no array is cut up on the way, as that costs more than an eviction.
     """
-    priority, uses, inside, queued, heap_priorities, heap_keys, waits, every_waiting, every_held = cache
+    priority, uses, inside, queued, heap_priority, heap_key, waits, waiting, held = cache
+    share = len(inside) // len(held)
     num_experts = np.uint64(len(inside) // len(sizes))
     last_batch = np.full(len(inside), -1, np.int64)
     for c in range(len(offsets) - 1):
         start, stop = offsets[c], offsets[c + 1]
         layer = cell_layer[c] if len(sizes) > 1 else 0
-        own = layer if len(every_held) > 1 else 0
-        heap_priority, heap_key = heap_priorities[own], heap_keys[own]
-        waiting, held = every_waiting[own], every_held[own]
-        size_held, keys_held, heaped, listed = held
+        own = layer if len(held) > 1 else 0
+        base = np.uint64(own * share)
+        size_held, keys_held, heaped, listed = held[own, 0], held[own, 1], held[own, 2], held[own, 3]
         room, first, size = capacity[own], np.uint64(layer) * num_experts, sizes[layer]
         missed = 0
         for i in range(np.uint64(start), np.uint64(stop)):
@@ -141,48 +113,45 @@ def serve(offsets, experts, cell_layer, sizes, rank, rule, lookups, capacity, ca
             missed += not inside[key]
             inside[key] = True
             uses[key] += 1
-            of_touch = uses[key] * rule.of_use + np.int64(rank[i]) * rule.of_rank
-            priority[key] = of_touch + (lookups + start) * rule.of_lookup + np.int64(key) * rule.of_key
+            priority[key] = uses[key] * USE + lookups + start + np.int64(last_touch[i])
             last_batch[key] = c
         size_held += missed * size
         keys_held += missed
         promoted[c] = missed
         peak[0, c], peak[1, c] = keys_held, size_held
         if size_held > room and size * (stop - start) > room:
-            _evict_others(cache, heap_key, waiting, heaped, listed, rule.forget, last_batch, c)
+            _evict_others(cache, base, heaped, listed, forget, last_batch, c)
             size_held, keys_held, heaped, listed = size * (stop - start), stop - start, 0, 0
         elif size_held > room:
-            # Only where priorities fall are there ever more entries than keys.
-            if heaped + listed > len(heap_key):
-                heaped = _pack(cache, heap_priority, heap_key, heaped)
-            for j in range(listed):
-                key = np.uint64(waiting[j])
+            for j in range(np.uint64(listed)):
+                key = np.uint64(waiting[base + j])
                 waits[key] = False
                 # The batch's own keys wait again after it.
                 if last_batch[key] != c:
-                    _rise(heap_priority, heap_key, heaped, priority[key], waiting[j])
+                    _rise(heap_priority, heap_key, base, heaped, priority[key], waiting[base + j])
                     queued[key] = True
                     heaped += 1
             listed = 0
             while size_held > room and heaped > 0:
-                entry, key = heap_priority[0], np.uint64(heap_key[0])
-                if inside[key] and last_batch[key] != c and priority[key] > entry:
-                    _sink(heap_priority, heap_key, heaped, np.int64(0), priority[key], heap_key[0])
+                entry, key = heap_priority[base], np.uint64(heap_key[base])
+                if last_batch[key] != c and priority[key] > entry:
+                    _sink(heap_priority, heap_key, base, heaped, priority[key], heap_key[base])
                     continue
-                if inside[key] and last_batch[key] != c and priority[key] == entry:
+                if last_batch[key] != c:
                     inside[key] = False
-                    uses[key] = 0 if rule.forget else uses[key]
+                    uses[key] = 0 if forget else uses[key]
                     size_held -= sizes[key // num_experts] if len(sizes) > 1 else size
                     keys_held -= 1
                 queued[key] = False
                 heaped -= 1
                 if heaped > 0:
-                    _sink(heap_priority, heap_key, heaped, np.int64(0), heap_priority[heaped], heap_key[heaped])
+                    last = base + np.uint64(heaped)
+                    _sink(heap_priority, heap_key, base, heaped, heap_priority[last], heap_key[last])
         demoted[c] = peak[0, c] - keys_held
         for i in range(np.uint64(start), np.uint64(stop)):
             key = first + np.uint64(experts[i])
-            if not waits[key] and not (rule.grows and queued[key]):
+            if not waits[key] and not queued[key]:
                 waits[key] = True
-                waiting[listed] = np.int64(key)
+                waiting[base + np.uint64(listed)] = np.int64(key)
                 listed += 1
-        held[0], held[1], held[2], held[3] = size_held, keys_held, heaped, listed
+        held[own, 0], held[own, 1], held[own, 2], held[own, 3] = size_held, keys_held, heaped, listed

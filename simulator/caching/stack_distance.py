@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tracer.bits import popcount
 from tracer.jit import njit
 
 # Room for this many touches a key before the stack is packed again; two would do.
@@ -84,12 +85,12 @@ def serve_stack(offsets, experts, tokens, last_touch, layer, num_experts, capaci
                     summed -= 1
                     size = above[summed + 1]
                     for g in range(groups):
-                        size += size_of[g] * _ones(live[g, summed])
+                        size += size_of[g] * np.int64(popcount(live[g, summed]))
                     above[summed] = size
                 # The key's own bit is the last that is left.
                 distance = above[word + 1]
                 for g in range(groups):
-                    distance += size_of[g] * _ones(live[g, word] >> bit)
+                    distance += size_of[g] * np.int64(popcount(live[g, word] >> bit))
                 found = start[min(distance >> shift, len(start) - 1)]
                 while found < len(capacities) and capacities[found] < distance:
                     found += 1
@@ -107,18 +108,6 @@ def serve_stack(offsets, experts, tokens, last_touch, layer, num_experts, capaci
         for slot in range(top, top + stop - first):
             own[slot >> 6] |= np.uint64(1) << np.uint64(slot & 63)
         now[0], now[1] = top + stop - first, stop - first
-
-
-@njit
-def _ones(word):
-    """Bits that are set; written so that compilers make one instruction of it.
-
-    Source: H. S. Warren, "Hacker's Delight", 2nd edition 2012, section 5-1.
-    """
-    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
 @njit
@@ -143,17 +132,17 @@ def _pack(stack, num_experts):
     groups, words = live.shape
     before = np.empty(words, np.int64)
     filled = np.zeros(words, np.uint64)
-    kept = 0
+    kept = np.int64(0)
     for word in range(words):
         for g in range(groups):
             filled[word] |= live[g, word]
         before[word] = kept
-        kept += _ones(filled[word])
+        kept += np.int64(popcount(filled[word]))
     live[:] = 0
     for key in range(len(touch)):
         if touch[key] >= 0:
             word, bit = touch[key] >> 6, np.uint64(touch[key] & 63)
-            slot = before[word] + _ones(filled[word] & ~(~np.uint64(0) << bit))
+            slot = before[word] + np.int64(popcount(filled[word] & ~(~np.uint64(0) << bit)))
             touch[key] = slot
             live[group_of[key // num_experts], slot >> 6] |= np.uint64(1) << np.uint64(slot & 63)
     return kept

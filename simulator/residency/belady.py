@@ -15,19 +15,15 @@ import numpy as np
 
 from simulator.budget import Budgeted
 from simulator.caching.demand import capacity_and_sizes, demand_placement
-from simulator.caching.heap import Ranked, Rule, empty, serve
+from simulator.caching.next_use import NEVER, Resident, empty, note_first, note_places, queues, serve
 from simulator.policy import ExpertStream, Geometry, Placement
-from tracer.jit import njit
 from tracer.trace import ForwardTable
-
-NEVER = np.iinfo(np.uint32).max
 
 
 class LookAhead(NamedTuple):
     """What a stream needs to know of those after it."""
 
-    cells: int  # before the stream
-    lookups: int  # in it
+    lookups: int  # in the stream
     later: np.ndarray  # uint32 [keys], the first cell after it that needs the key, ``NEVER`` without one
 
 
@@ -56,7 +52,7 @@ class Belady(Budgeted):
 
     def fit(
         self, streams: Iterable[ExpertStream], geometry: Geometry, layer: int | None
-    ) -> tuple[Ranked, np.ndarray, np.ndarray, tuple[LookAhead, ...]]:
+    ) -> tuple[Resident, np.ndarray, np.ndarray, tuple[LookAhead, ...]]:
         """Empty caches, their capacities, the sizes of experts, and what each stream needs to know of those after it.
 
         Takes four bytes an expert and stream. The streams must then be placed as they are, one by one.
@@ -68,8 +64,8 @@ class Belady(Budgeted):
         cells = 0
         for stream in streams:
             first = np.full(keys, NEVER, np.uint32)
-            _note_first(stream.offsets, stream.experts, stream.cell_layer, several, cells, first)
-            found.append(LookAhead(cells, len(stream.experts), first))
+            note_first(stream.offsets, stream.experts, stream.cell_layer, several, cells, first)
+            found.append(LookAhead(len(stream.experts), first))
             cells += len(stream.cell_forward)
         later = np.full(keys, NEVER, np.uint32)
         for n in range(len(found) - 1, -1, -1):
@@ -82,37 +78,17 @@ class Belady(Budgeted):
         self, stream: ExpertStream, forwards: ForwardTable, geometry: Geometry, state: Any
     ) -> tuple[Placement, Any]:
         """Serve the cells in order; each is one batch."""
-        cache, (capacity, sizes, ahead) = Ranked(*(a.copy() for a in state[0])), state[1:]
+        cache, (capacity, sizes, ahead) = Resident(*(a.copy() for a in state[0])), state[1:]
         keys, number = len(cache.inside), len(stream.experts)
-        known = ahead[0] if ahead else LookAhead(0, 0, np.full(keys, NEVER, np.uint32))
+        known = ahead[0] if ahead else LookAhead(0, np.full(keys, NEVER, np.uint32))
         if known.lookups != number:
             raise ValueError(f"The state knows the next use of {known.lookups} lookups, the stream has {number}.")
-        next_use = np.empty(number, np.uint32)
-        several, later = geometry.num_experts if len(sizes) > 1 else 0, known.later.copy()
-        _note_next(stream.offsets, stream.experts, stream.cell_layer, several, known.cells, later, next_use)
-        rule = Rule(of_use=0, of_lookup=0, of_rank=-keys, of_key=1, grows=False, forget=False)
-        shared = self.scope == "global"
-        placement = demand_placement(serve, stream, shared, sizes, next_use, rule, 0, capacity, cache)
+        # After the stream: what is needed last goes first, ties to the lowest key.
+        order = np.argsort(~known.later.reshape(len(capacity), -1), axis=1, kind="stable")
+        place_of = np.argsort(order, axis=1).reshape(-1).astype(np.uint32)
+        places, after = np.empty(number, np.uint32), np.empty(len(stream.cell_forward), np.int64)
+        cells = stream.offsets, stream.experts, stream.cell_layer
+        lookups = note_places(*cells, sizes, len(capacity), place_of, places, after)
+        known_places = places, after, place_of, queues(lookups, keys)
+        placement = demand_placement(serve, stream, self.scope == "global", sizes, *known_places, capacity, cache)
         return placement, (cache, capacity, sizes, ahead[1:])
-
-
-@njit
-def _note_first(offsets, experts, cell_layer, several, cells, first):
-    """The first cell of a stream that needs each key, counted from ``cells``."""
-    for back in range(len(offsets) - 1):
-        c = len(offsets) - 2 - back
-        base = np.uint64(cell_layer[c] * several)
-        for i in range(offsets[c], offsets[c + 1]):
-            first[base + np.uint64(experts[i])] = cells + c
-
-
-@njit
-def _note_next(offsets, experts, cell_layer, several, cells, later, next_use):
-    """For every lookup the cell of the next one; ``later`` is where each key is needed after the stream, and brought back."""
-    for back in range(len(offsets) - 1):
-        c = len(offsets) - 2 - back
-        base = np.uint64(cell_layer[c] * several)
-        for i in range(offsets[c], offsets[c + 1]):
-            key = base + np.uint64(experts[i])
-            next_use[i] = later[key]
-            later[key] = cells + c

@@ -13,12 +13,9 @@ import numpy as np
 
 from simulator.budget import Budgeted
 from simulator.caching.demand import capacity_and_sizes, demand_placement
-from simulator.caching.heap import Ranked, Rule, empty, serve
+from simulator.caching.heap import Ranked, empty, serve
 from simulator.policy import ExpertStream, Geometry, Placement
 from tracer.trace import ForwardTable
-
-# Room for 2 ** 40 lookups below a use, and for 2 ** 23 batches above them.
-USE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,6 @@ class Lfu(Budgeted):
     ) -> tuple[Placement, Any]:
         """Serve the cells in order; each is one batch."""
         cache, (capacity, sizes, lookups) = Ranked(*(a.copy() for a in state[0])), state[1:]
-        rule = Rule(of_use=USE, of_lookup=1, of_rank=1, of_key=0, grows=True, forget=self.forget)
-        # Of the type of belady's ranks, so that the kernel is compiled once.
-        rank = stream.last_touch.astype(np.uint32)
-        shared = self.scope == "global"
-        placement = demand_placement(serve, stream, shared, sizes, rank, rule, lookups, capacity, cache)
+        about = stream.last_touch, self.forget, lookups, capacity, cache
+        placement = demand_placement(serve, stream, self.scope == "global", sizes, *about)
         return placement, (cache, capacity, sizes, lookups + len(stream.experts))

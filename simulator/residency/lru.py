@@ -22,7 +22,7 @@ from tracer.trace import ForwardTable
 class Recency(NamedTuple):
     """Touches of keys (expert, or layer * E + expert) in a queue a cache, oldest first; of a key only the latest one counts."""
 
-    queue: np.ndarray  # int64 [C, 4 * keys of a cache], the key of each touch
+    queue: np.ndarray  # int64 [4 * keys], the key of each touch; one cache's queue after the other's
     latest: np.ndarray  # int64 [keys], where the key's latest touch is in its cache's queue
     inside: np.ndarray  # bool [keys]
     held: np.ndarray  # int64 [C, 4]: size held, experts held, first and end of the queue
@@ -50,7 +50,7 @@ class Lru(Budgeted):
         capacity, sizes = capacity_and_sizes(self, geometry, layer, self.scope == "global")
         keys, caches = geometry.num_experts * len(sizes), len(capacity)
         cache = Recency(
-            queue=np.zeros((caches, 4 * keys // caches), np.int64),
+            queue=np.zeros(4 * keys, np.int64),
             latest=np.full(keys, -1, np.int64),
             inside=np.zeros(keys, bool),
             held=np.zeros((caches, 4), np.int64),
@@ -68,33 +68,34 @@ class Lru(Budgeted):
 
 
 @njit
-def _pack(queue, latest, held):
-    """Move the touches that count to the start of the queue."""
+def _pack(queue, latest, base, first, end):
+    """Move the touches that count to the start of the queue at ``base``; how many there are."""
     # Which touches count is as good as random to a branch predictor, so there is no branch, here and where keys are evicted.
     kept = np.uint64(0)
-    for at in range(np.uint64(held[2]), np.uint64(held[3])):
-        key = np.uint64(queue[at])
+    for at in range(np.uint64(first), np.uint64(end)):
+        key = np.uint64(queue[base + at])
         counts = np.uint64(latest[key]) == at
-        queue[kept] = np.int64(key)
+        queue[base + kept] = np.int64(key)
         latest[key] = np.int64(kept) if counts else latest[key]
         kept += np.uint64(counts)
-    held[2], held[3] = 0, np.int64(kept)
+    return np.int64(kept)
 
 
 @njit
 def _serve(offsets, experts, cell_layer, sizes, last_touch, capacity, cache, hit, promoted, demoted, peak):
-    queues, latest, inside, every_held = cache
+    queue, latest, inside, held = cache
+    room = len(queue) // len(held)
     num_experts = np.uint64(len(inside) // len(sizes))
     for c in range(len(offsets) - 1):
         start, stop = offsets[c], offsets[c + 1]
         layer = cell_layer[c] if len(sizes) > 1 else 0
-        own = layer if len(every_held) > 1 else 0
-        queue, held = queues[own], every_held[own]
+        own = layer if len(held) > 1 else 0
+        base = np.uint64(own * room)
         first, size = np.uint64(layer) * num_experts, sizes[layer]
+        oldest, end = held[own, 2], held[own, 3]
         # Every key counts once, so at least three quarters are free after packing.
-        if held[3] + stop - start > len(queue):
-            _pack(queue, latest, held)
-        oldest, end = held[2], held[3]
+        if end + stop - start > room:
+            oldest, end = 0, _pack(queue, latest, base, oldest, end)
         missed = 0
         # Unsigned indices spare the test for negative ones.
         for i in range(np.uint64(start), np.uint64(stop)):
@@ -104,20 +105,20 @@ def _serve(offsets, experts, cell_layer, sizes, last_touch, capacity, cache, hit
             inside[key] = True
             at = np.uint64(end + np.int64(last_touch[i]))
             latest[key] = at
-            queue[at] = key
-        size_held = held[0] + missed * size
+            queue[base + at] = key
+        size_held = held[own, 0] + missed * size
         promoted[c] = missed
-        held[1] += missed
-        peak[0, c], peak[1, c] = held[1], size_held
+        held[own, 1] += missed
+        peak[0, c], peak[1, c] = held[own, 1], size_held
         # The queue ends before the batch here, so nothing it touched can be evicted.
         gone = 0
         while size_held > capacity[own] and oldest < end:
-            key = np.uint64(queue[oldest])
+            key = np.uint64(queue[base + np.uint64(oldest)])
             counts = latest[key] == oldest
             inside[key] &= not counts
             size_held -= np.int64(counts) * (sizes[key // num_experts] if len(sizes) > 1 else size)
             gone += counts
             oldest += 1
         demoted[c] = gone
-        held[0], held[2], held[3] = size_held, oldest, end + stop - start
-        held[1] -= gone
+        held[own, 0], held[own, 2], held[own, 3] = size_held, oldest, end + stop - start
+        held[own, 1] -= gone

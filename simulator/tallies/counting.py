@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tracer.bits import popcount
 from tracer.jit import njit
 
 
@@ -55,15 +56,6 @@ def _unique_full(words, flat, width, row_offsets, unique):
 
 
 @njit
-def _ones(word):
-    """How many bits of a uint64 are 1."""
-    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
-
-
-@njit
 def _unique_narrow(flat, width, row_offsets, unique):
     """As :func:`_unique_full` for up to 128 experts: a set is two words that stay in vector registers, an id a lane."""
     none = np.uint64(0)
@@ -73,7 +65,7 @@ def _unique_narrow(flat, width, row_offsets, unique):
             bit = np.uint64(1) << np.uint64(flat[at] & 63)
             a |= bit if flat[at] < 64 else none
             b |= none if flat[at] < 64 else bit
-        unique[f] = _ones(a) + _ones(b)
+        unique[f] = popcount(a) + popcount(b)
 
 
 @njit
