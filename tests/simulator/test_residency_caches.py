@@ -216,6 +216,49 @@ def test_what_belady_keeps_does_not_grow_with_lookups(scope):
     assert kept[0] == kept[1]
 
 
+def naive_belady_of_single_lookups(layers, experts, capacity):
+    """Loads of one cache that counts keys, one lookup a batch: a dict of each held key's next need."""
+    following, later = [], {}
+    for n in range(len(experts) - 1, -1, -1):
+        following.append(later.get((layers[n], experts[n]), len(experts)))
+        later[layers[n], experts[n]] = n
+    held, loads = {}, []
+    for n, key in enumerate(zip(layers, experts, strict=True)):
+        loads.append(key not in held)
+        held[key] = following[-1 - n]
+        if len(held) > capacity:
+            del held[min((one for one in held if one != key), key=lambda one: (-held[one], one))]
+    return loads
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_belady_equals_the_naive_one_where_needs_are_hundreds_of_thousands_of_lookups_apart(scope):
+    # 2 ** 18 lookups of a cache fill one word of the third level.
+    rng, number, rare = np.random.default_rng(4), 560_000, [(4, 3), (5, 40_000), (5, 270_000)]
+    experts = rng.choice(4, number)
+    for expert, apart in rare:
+        experts[rng.integers(0, apart) :: apart] = expert
+    layers = rng.choice(2, number, p=[0.05, 0.95])
+    about = geometry(E, layers=(3, 5), expert_bytes={3: 10, 5: 10})
+    stream = ExpertStream(
+        cell_forward=np.arange(number),
+        cell_layer=layers.astype(np.int32),
+        offsets=np.arange(number + 1),
+        experts=experts.astype(np.uint16),
+        tokens=np.ones(number, np.uint32),
+        last_touch=np.zeros(number, np.uint16),
+    )
+    policy = load_policy("residency", f"belady:budget=3,scope={scope}")
+    found, _ = policy.place(stream, plain_forwards([]), about, policy.fit([stream], about, None))
+    loads = np.empty(number, bool)
+    for own in [[0], [1]] if scope == "layer" else [[0, 1]]:
+        mine = np.isin(layers, own)
+        capacity = 3 * len(own)
+        loads[mine] = naive_belady_of_single_lookups(layers[mine].tolist(), experts[mine].tolist(), capacity)
+    assert found.hit.tolist() == (~loads).tolist()
+    assert found.promotions.tolist() == loads.tolist()
+
+
 def test_belady_refuses_a_stream_it_has_not_looked_ahead_in():
     policy, about, stream = load_policy("residency", "belady:budget=2"), geometry(E), stream_of([[[0, 1]]])
     with pytest.raises(ValueError, match="next use of 0 lookups, the stream has 2"):
