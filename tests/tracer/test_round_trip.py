@@ -139,6 +139,47 @@ def test_argmax_is_kept_where_it_differs(tmp_path):
     assert stored.null_count() == len(stored) - 1
 
 
+@pytest.mark.parametrize("encoding", ["plain", "byte_planes", "changes"])
+def test_calls_of_any_number_types_and_strides(tmp_path, encoding):
+    recorded = record(np.random.default_rng(6), top_k=3, layers=(1, 2, 4))
+    recorded.meta["encodings"] = dict.fromkeys(("expert_ids", "gate_weights"), encoding)
+    kinds = [(np.uint8, np.float16), (np.int16, np.float32), (np.uint8, np.float64), (np.uint64, np.float16)]
+    for number, (parts, tokens, routing) in enumerate(recorded.calls):
+        # layer 1 has no weights, and prefills, which come first, no other layer
+        routing[1]["gate_weights"] = None
+        if parts[0]["kind"] == "prefill":
+            del routing[2], routing[4]
+        for n, (layer, cell) in enumerate(routing.items()):
+            # first all alike, then of types that differ from layer to layer
+            ids, weights = kinds[n % (1 + number // 4)]
+            cell["expert_ids"] = cell["expert_ids"].astype(ids)
+            if layer > 1:
+                cell["gate_weights"] = cell["gate_weights"].astype(weights)
+            if number == 4 + layer:
+                cell["expert_ids"] = np.asfortranarray(cell["expert_ids"])
+            if number == 8:
+                cell.update({k: v.tolist() for k, v in cell.items() if v is not None})
+        for column, values in tokens.items():
+            narrow = values.astype(np.int16) if values.dtype.kind == "i" else values
+            tokens[column] = [narrow, np.repeat(values, 2)[::2], values.tolist(), values][number % 4]
+    with TraceWriter(tmp_path / "a.trace", recorded.meta) as writer:
+        recorded.write(writer)
+    assert check(tmp_path / "a.trace") == []
+    assert_tables(tmp_path / "a.trace", recorded)
+    tidy = open_trace(tmp_path / "a.trace").scan("routing").collect()
+    rows = [
+        (number, layer, r, int(e), None if weights is None else float(np.float16(weights[r][k])))
+        for number, (_, _, routing) in enumerate(recorded.calls)
+        for layer, cell in routing.items()
+        for weights in [cell["gate_weights"]]
+        for r, ids in enumerate(cell["expert_ids"])
+        for k, e in enumerate(ids)
+    ]
+    found = tidy.select("forward_id", "layer", "row", "expert_id", "gate_weight").rows()
+    assert sorted(found, key=str) == sorted(rows, key=str)
+    assert any(weight is None for *_, weight in rows) and any(weight for *_, weight in rows)
+
+
 def test_half_scores(tmp_path):
     recorded = record(np.random.default_rng(1), level="scores", batches=1)
     recorded.meta["score_dtype"] = "float16"
@@ -239,6 +280,11 @@ BAD_CALLS = {
     ),
     "call 1, layer 2: expert_ids must be whole numbers of shape (6, 2), not int64 of shape (6, 3).": changed_cell(
         expert_ids=np.zeros((6, 3), np.int64)
+    ),
+    "call 1, layer 1: expert_ids must be whole numbers of shape (6, 2), not int64 of shape (5, 2).": lambda p, t, r: (
+        p,
+        t,
+        {1: {"expert_ids": np.zeros((5, 2), np.int64)}, 2: {"expert_ids": np.zeros((7, 2), np.int64)}},
     ),
     "call 1, layer 2: gate_weights must be floats of shape (6, 2), not int64 of shape (6, 2).": changed_cell(
         gate_weights=np.zeros((6, 2), np.int64)

@@ -45,13 +45,16 @@ def layout_of(segment: OpenSegment) -> Layout:
     """Where the cells of a segment go."""
     row_offsets = np.array([0, *segment.row_ends], np.int64)
     counts = [len(layers) for layers in segment.layers]
-    layers, number = np.unique(np.array([n for own in segment.layers for n in own], np.int64), return_inverse=True)
+    # few calls differ in their layers
+    layers = np.array(sorted({n for own in set(segment.layers) for n in own}), np.int64)
+    numbers = {own: np.searchsorted(layers, own) for own in set(segment.layers)}
+    number = np.concatenate([np.empty(0, np.int64), *(numbers[own] for own in segment.layers)])
     call = np.repeat(np.arange(len(counts)), counts)
     rows = np.diff(row_offsets)[call]
     cell_of = np.full((len(layers), len(counts)), -1, np.int64)
     cell_of[number, call] = np.arange(len(call))
     starts = np.concatenate(([0], np.cumsum(rows)))
-    return Layout(layers, call, number.astype(np.int64), rows, starts, cell_of, row_offsets)
+    return Layout(layers, call, number, rows, starts, cell_of, row_offsets)
 
 
 class Cells(NamedTuple):

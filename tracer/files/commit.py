@@ -51,25 +51,29 @@ def write_part(path: Path, table: str, number: int, groups: Iterator[pa.Table]) 
     first = next(groups)
     schema = first.schema
     encodings = {f.name: ENCODINGS.get(f.name, PLAIN) for f in schema if f.name not in DICTIONARY}
-    with open(temporary_path(path, table, number), "wb") as file:
-        with pq.ParquetWriter(
-            file,
-            schema,
-            compression="zstd",
-            compression_level=1,
-            use_dictionary=[name for name in schema.names if name in DICTIONARY],
-            column_encoding=encodings,
-            data_page_size=PAGE_BYTES,
-            # minima of binary cells would copy whole cells into the footer
-            write_statistics=[f.name for f in schema if not pa.types.is_binary(f.type)],
-            write_page_checksum=True,
-        ) as writer:
+    temporary = temporary_path(path, table, number)
+    # Arrow writes to a file of its own without a copy and without the GIL; Python's handle is there to sync it.
+    with open(temporary, "wb") as file:
+        with (
+            pa.OSFile(os.fspath(temporary), "wb") as sink,
+            pq.ParquetWriter(
+                sink,
+                schema,
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=[name for name in schema.names if name in DICTIONARY],
+                column_encoding=encodings,
+                data_page_size=PAGE_BYTES,
+                # minima of binary cells would copy whole cells into the footer
+                write_statistics=[f.name for f in schema if not pa.types.is_binary(f.type)],
+                write_page_checksum=True,
+            ) as writer,
+        ):
             writer.write_table(first, max(1, first.num_rows))
             for group in groups:
                 writer.write_table(group, max(1, group.num_rows))
-        file.flush()
         os.fsync(file.fileno())
-        return file.tell()
+        return os.fstat(file.fileno()).st_size
 
 
 def commit_segment(path: Path, number: int, segment: OpenSegment, memory: SlotMemory) -> int:
@@ -122,6 +126,9 @@ class Committer:
 
     def make_room(self, num_bytes: int) -> None:
         """Wait until ``num_bytes`` more fit beside what waits, or nothing waits; raises what went wrong in the thread."""
+        # what waits can only become less meanwhile
+        if self._error is None and self._waiting_bytes + num_bytes <= self._max_bytes:
+            return
         with self._changed:
             self._changed.wait_for(
                 lambda: self._error or not self._waiting_bytes or self._waiting_bytes + num_bytes <= self._max_bytes

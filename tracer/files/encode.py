@@ -33,13 +33,14 @@ def segment_tables(segment: OpenSegment, memory: SlotMemory) -> dict[str, Iterat
     UserError
         Here or while ``routing`` is drawn: naming call, layer and row whose values break the format.
     """
+    tokens = segment.tokens()
     tables = {
         "requests": iter([_rows_table("requests", segment.requests)]),
         "forwards": iter([_rows_table("forwards", segment.parts)]),
-        "routing": _routing_groups(segment, memory),
+        "routing": _routing_groups(segment, memory, None if tokens is None else tokens["position"]),
     }
-    if segment.tokens is not None:
-        tables["tokens"] = iter([_tokens_table(segment)])
+    if tokens is not None:
+        tables["tokens"] = iter([_tokens_table(segment, tokens)])
     return tables
 
 
@@ -53,15 +54,16 @@ def row_fault(segment: OpenSegment, row: int, layer: int | None, message: str) -
 
 def _rows_table(table: str, rows: list[dict[str, Any]]) -> pa.Table:
     schema = arrow_schema(table)
-    arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
+    columns = [(name, field.type) for name, field in zip(schema.names, schema, strict=True)]
+    arrays = [pa.array([row.get(name) for row in rows], dtype) for name, dtype in columns]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _tokens_table(segment: OpenSegment) -> pa.Table:
+def _tokens_table(segment: OpenSegment, columns: Mapping[str, np.ndarray]) -> pa.Table:
     schema = arrow_schema("tokens")
     rows: np.ndarray = np.diff(np.array([0, *segment.row_ends], np.int64))
     total = segment.num_rows
-    tokens: dict[str, Any] = {name: column.room(0, total) for name, column in (segment.tokens or {}).items()}
+    tokens: dict[str, Any] = dict(columns)
     _check_tokens(segment, tokens["state"], tokens["position"])
     tokens["forward_id"] = np.repeat(np.array(segment.forward_ids, np.uint32), rows)
     tokens["row"] = (np.arange(total) - np.repeat(np.cumsum(rows) - rows, rows)).astype(np.uint32)
@@ -87,24 +89,22 @@ def _check_tokens(segment: OpenSegment, state: np.ndarray, position: np.ndarray)
         raise row_fault(segment, twice, None, f"position {position[twice]} stands twice in one request and branch")
 
 
-def _part_rows(segment: OpenSegment, columns: Mapping[str, np.ndarray]) -> PartRows:
+def _part_rows(columns: Mapping[str, np.ndarray], positions: np.ndarray | None) -> PartRows:
     starts = np.concatenate(([0], np.cumsum(columns["num_tokens"])))
     branches = columns["branches"]
-    if segment.tokens is None:
+    if positions is None:
         # without positions, row j after the cached prefix stands for itself
         inside = np.arange(starts[-1]) - np.repeat(starts[:-1], columns["num_tokens"])
         own = np.repeat(columns["num_tokens"] // branches, columns["num_tokens"])
         positions = np.repeat(columns["kv_tokens"], columns["num_tokens"]) + inside % own
-    else:
-        positions = segment.tokens["position"].room(0, segment.num_rows)
     return PartRows(columns["request_id"], branches, starts, positions)
 
 
-def _routing_groups(segment: OpenSegment, memory: SlotMemory) -> Iterator[pa.Table]:
+def _routing_groups(segment: OpenSegment, memory: SlotMemory, positions: np.ndarray | None) -> Iterator[pa.Table]:
     meta, layout = segment.meta, layout_of(segment)
     ids, weights, routed = _checked_rows(segment, layout)
     columns = {name: np.array([part[name] for part in segment.parts], np.int64) for name in LINKED}
-    _align(layout, memory, memory.references(_part_rows(segment, columns)), ids, weights, routed)
+    _align(layout, memory, memory.references(_part_rows(columns, positions)), ids, weights, routed)
     memory.carry(request["request_id"] for request in segment.requests)
     groups = _groups(layout, meta.model.top_k, segment.scores)
     rows = layout.row_offsets
@@ -182,14 +182,16 @@ def _checked_rows(segment: OpenSegment, layout: Layout) -> tuple[np.ndarray, np.
     """
     meta = segment.meta
     experts, total = meta.model.num_experts, segment.num_cell_rows
-    wide, weights = segment.ids.room(0, total), segment.weights.room(0, total)
+    bare = len(segment.unweighted) == segment.num_cells
+    wide, weights = segment.ids.room(0, total), segment.weights.room(0, 0 if bare else total)
     routed = np.empty(0, np.bool_)
     if segment.routed:
         routed = np.ones(total, np.bool_)
         for cell, mask in segment.routed.items():
             routed[layout.starts[cell] : layout.starts[cell + 1]] = mask
         wide[~routed] = 0
-        weights[~routed] = 0
+        if not bare:
+            weights[~routed] = 0
     narrow = wide.dtype.type is np.uint8 and experts == 256
     if not narrow and wide.size and (wide.min() < 0 or wide.max() >= experts):
         bad = int(np.argmax(((wide < 0) | (wide >= experts)).any(axis=1)))
@@ -198,8 +200,6 @@ def _checked_rows(segment: OpenSegment, layout: Layout) -> tuple[np.ndarray, np.
     bad = first_invalid_row(ids, routed if len(routed) else np.ones(total, np.bool_), experts)
     if bad >= 0:
         raise _cell_fault(segment, layout, bad, f"expert ids {ids[bad].tolist()} are not distinct")
-    if len(segment.unweighted) == segment.num_cells:
-        return ids, weights[:0], routed
     fault = weight_fault(weights, any(router.bias_in_weights for router in meta.routers.values()))
     if fault:
         raise _cell_fault(segment, layout, fault[0], f"float16 {fault[1]}")

@@ -53,18 +53,11 @@ class SlotMemory:
         """
         starts = parts.starts + self._size
         own = np.diff(parts.starts) // parts.branches
-        unseen = _Seen(-1, 0, 0)
-        before = []
-        for seen in zip(
-            parts.request_id.tolist(), starts.tolist(), own.tolist(), parts.branches.tolist(), strict=False
-        ):
-            before.append(self._seen.get(seen[0], unseen))
-            self._seen[seen[0]] = _Seen(*seen[1:])
         self._positions = np.concatenate((self._positions, parts.positions.astype(np.int64)))
         found = np.full(int(parts.starts[-1]), -1, np.int64)
-        earlier = np.array(before, np.int64).reshape(-1, 3)
+        earlier = self._earlier(parts.request_id, np.stack((starts[:-1], own, parts.branches), axis=1))
         for n in np.flatnonzero(_same_rows(self._positions, self._size, starts, own, parts.branches, earlier, found)):
-            previous, first = before[n], int(parts.starts[n])
+            previous, first = _Seen(*earlier[n].tolist()), int(parts.starts[n])
             rows = self._positions[previous.start : previous.start + previous.own]
             matched = _match(rows, self._positions[starts[n] : starts[n] + own[n]])
             for branch in range(int(parts.branches[n])):
@@ -73,6 +66,21 @@ class SlotMemory:
                 begin = first + branch * int(own[n])
                 found[begin : begin + len(matched)] = np.where(matched >= 0, matched + source, -1)
         return found
+
+    def _earlier(self, request_id: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The :class:`_Seen` of each part's request before, -1 for none; ``rows`` are those of the parts. int64 [N, 3]."""
+        order = np.argsort(request_id, kind="stable")
+        ends = np.ones(len(order), np.bool_)
+        ends[:-1] = np.diff(request_id[order]) != 0
+        begins = np.ones(len(order), np.bool_)
+        begins[1:] = ends[:-1]
+        earlier = np.full((len(order), 3), -1, np.int64)
+        earlier[order[~begins]] = rows[order[~ends]]
+        for n in order[begins]:
+            earlier[n] = self._seen.get(int(request_id[n]), earlier[n])
+        for n in order[ends]:
+            self._seen[int(request_id[n])] = _Seen(*rows[n].tolist())
+        return earlier
 
     def align(
         self,
@@ -93,7 +101,7 @@ class SlotMemory:
         others = cell_rows, row_offsets, reference
         if top_k == 8 and expert_ids.dtype == np.uint8:
             words = [array.reshape(-1).view(np.uint64) for array in (expert_ids, memory)]
-            stable_slots_of_eight(words[0], gate_weights, routed, *others, words[1], known)
+            stable_slots_of_eight(words[0], gate_weights.reshape(-1), routed, *others, words[1], known)
         else:
             stable_slots(expert_ids, gate_weights, routed, *others, memory, known)
         self._filled[layer] = memory, known
@@ -193,68 +201,83 @@ def stable_slots(expert_ids, gate_weights, routed, cell_rows, row_offsets, refer
 
 @njit
 def stable_slots_of_eight(expert_ids, gate_weights, routed, cell_rows, row_offsets, reference, memory, known):
-    """:func:`stable_slots` for rows of eight uint8 ids, each row one uint64: the same result three times as fast.
+    """:func:`stable_slots` for rows of eight uint8 ids, each row one uint64: the same result many times as fast.
 
-    ``expert_ids`` uint64 [S] and ``memory`` uint64 [M + T] are the arrays there, seen as uint64. A byte of a row that equals a
-    byte of the reference row shows as a zero byte of an exclusive or; its lowest flag is exact.
+    ``expert_ids`` uint64 [S], ``memory`` uint64 [M + T] and ``gate_weights`` uint16 [S * 8] or [0] are the arrays there, in
+    other views. A call's rows are compared with their references first, all pairs of slots by eight rotations and without a
+    branch, which becomes vector code; what depends on a row's newcomers comes after.
     """
-    ones, high = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+    low, high = np.uint64(0x7F7F7F7F7F7F7F7F), np.uint64(0x8080808080808080)
     # times a flag at byte i, the top byte is i
     number = np.uint64(0x0001020304050607)
+    # byte j is j
+    places = np.uint64(0x0706050403020100)
     byte, one, seven, top = np.uint64(255), np.uint64(1), np.uint64(7), np.uint64(56)
     carried = len(memory) - len(reference)
     weighted = len(gate_weights) > 0
-    bits = np.empty(8, np.uint16)
+    most = 0
     for call in range(len(cell_rows)):
-        base = cell_rows[call] - row_offsets[call]
-        for t in range(row_offsets[call], row_offsets[call + 1]):
-            before, now = reference[t], carried + t
-            linked = before >= 0 and known[before]
-            own = cell_rows[call] >= 0 and (len(routed) == 0 or routed[base + t])
-            known[now] = linked or own
-            if not own:
-                if linked:
-                    memory[now] = memory[before]
+        most = max(most, row_offsets[call + 1] - row_offsets[call])
+    # flags, in bit 7, of the reference's slots that stay and of the ids that stay; byte j of order: which id goes into slot j
+    kept, taken, orders = np.empty(most, np.uint64), np.empty(most, np.uint64), np.empty(most, np.uint64)
+    bits = np.empty(8 * most if weighted else 0, np.uint16)
+    for call in range(len(cell_rows)):
+        first, rows = row_offsets[call], row_offsets[call + 1] - row_offsets[call]
+        # loops over slices from 0 on become vector code, indices with an offset do not
+        linked, now = known[carried + first : carried + first + rows], memory[carried + first : carried + first + rows]
+        for t in range(rows):
+            source = reference[first + t]
+            linked[t] = source >= 0 and known[source]
+            now[t] = memory[source] if linked[t] else np.uint64(0)
+        base = cell_rows[call]
+        if base < 0:
+            continue
+        given = expert_ids[base : base + rows]
+        for t in range(rows):
+            earlier, ids = now[t], given[t]
+            mine, theirs, order = np.uint64(0), np.uint64(0), np.uint64(0)
+            for r in range(8):
+                left, right = np.uint64(8 * r), np.uint64((64 - 8 * r) & 63)
+                other = earlier ^ ((ids << left) | (ids >> right))
+                # exactly the bytes that are zero
+                flags = ~(((other & low) + low) | other) & high
+                mine |= flags
+                theirs |= (flags >> left) | (flags << right)
+                order |= (flags - (flags >> seven)) & ((places << left) | (places >> right))
+            kept[t], taken[t], orders[t] = mine, theirs, order
+        own_bits = gate_weights[8 * base : 8 * (base + rows)]
+        for i in range(len(own_bits)):
+            bits[i] = own_bits[i]
+        for t in range(rows):
+            if len(routed) > 0 and not routed[base + t]:
                 continue
-            given, row, order = expert_ids[base + t], np.uint64(0), np.uint64(0)
-            # byte j of order: which of the given ids goes into slot j
-            if linked:
-                earlier = memory[before]
-                newcomers, holes = high, np.uint64(0)
-                for j in range(8):
-                    shift = np.uint64(8 * j)
-                    expert = (earlier >> shift) & byte
-                    other = given ^ (expert * ones)
-                    flag = (other - ones) & ~other & high
-                    flag &= ~flag + one
-                    newcomers ^= flag
-                    kept = np.uint64(flag != 0)
-                    order |= (((flag >> seven) * number) >> top) << shift
-                    row |= (expert * kept) << shift
-                    holes |= (one - kept) << (shift + seven)
-                while newcomers != 0:
-                    flag = newcomers & (~newcomers + one)
-                    hole = holes & (~holes + one)
+            ids, row, order = given[t], np.uint64(0), np.uint64(0)
+            if linked[t]:
+                row = now[t] & (kept[t] | (kept[t] - (kept[t] >> seven)))
+                order = orders[t]
+                newcomers, holes, rounds = taken[t] ^ high, kept[t] ^ high, 0
+                # few rows have more than two newcomers, so two go without a branch
+                while newcomers != 0 or rounds < 2:
+                    flag, hole = newcomers & (~newcomers + one), holes & (~holes + one)
                     newcomers ^= flag
                     holes ^= hole
                     i = ((flag >> seven) * number) >> top
-                    row |= ((given >> (i * np.uint64(8))) & byte) * (hole >> seven)
+                    row |= ((ids >> (i * np.uint64(8))) & byte) * (hole >> seven)
                     order |= i * (hole >> seven)
+                    rounds += 1
             else:
                 for n in range(8):
-                    expert = (given >> np.uint64(8 * n)) & byte
+                    expert = (ids >> np.uint64(8 * n)) & byte
                     shift = np.uint64(0)
                     for j in range(8):
-                        shift += np.uint64(((given >> np.uint64(8 * j)) & byte) < expert) << np.uint64(3)
+                        shift += np.uint64(((ids >> np.uint64(8 * j)) & byte) < expert) << np.uint64(3)
                     row |= expert << shift
                     order |= np.uint64(n) << shift
-            memory[now] = row
-            expert_ids[base + t] = row
+                linked[t] = True
+            now[t] = given[t] = row
             if weighted:
                 for j in range(8):
-                    bits[j] = gate_weights[base + t, np.int64((order >> np.uint64(8 * j)) & byte)]
-                for j in range(8):
-                    gate_weights[base + t, j] = bits[j]
+                    own_bits[8 * t + j] = bits[8 * t + np.int64((order >> np.uint64(8 * j)) & byte)]
 
 
 @njit
@@ -262,7 +285,7 @@ def _same_rows(positions, carried, starts, own, branches, earlier, found):
     """Fill ``found`` for parts whose rows stand where those of the request before stood; bool [N], the others to be matched.
 
     ``earlier`` int64 [N, 3] holds the :class:`_Seen` of that part, -1 first for none; the other arguments are those of
-    :meth:`SlotMemory.references`.
+    :meth:`SlotMemory.references`. A part beyond all positions of the one before has no rows to be matched either.
     """
     left = np.zeros(len(own), np.bool_)
     for n in range(len(own)):
@@ -272,7 +295,11 @@ def _same_rows(positions, carried, starts, own, branches, earlier, found):
         same = own[n] == earlier[n, 1] and branches[n] == earlier[n, 2]
         for j in range(own[n] if same else 0):
             same &= positions[starts[n] + j] == positions[start + j]
-        left[n] = not same
+        last = np.int64(-1)
+        for j in range(0 if same else earlier[n, 1]):
+            last = max(last, positions[start + j])
+        for j in range(0 if same else own[n]):
+            left[n] |= 0 <= positions[starts[n] + j] <= last
         for j in range(starts[n + 1] - starts[n] if same else 0):
             found[starts[n] - carried + j] = start + j
     return left
