@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from fractions import Fraction
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ class RoutingTally:
         self.working_set = 0
         self.kept = self.vanilla = 0.0
         self.has_weights = False
-        # Request: denoise cells, unique experts of its calls, unique experts of its own current block.
-        self.requests: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(3, np.int64))
+        # Request and requests of the call: denoise cells, unique experts of its calls, unique experts of its own current block.
+        self.requests: dict[tuple[int, int], np.ndarray] = defaultdict(lambda: np.zeros(3, np.int64))
         self.bound_cells = np.zeros(3, np.int64)
         self.token_bounds: np.ndarray | None = None
         layers = len(geometry.layers)
@@ -84,11 +85,13 @@ class RoutingTally:
             axis=1,
         )
         denoise = forwards.kind == DENOISE
-        names, at = np.unique(forwards.request_id[denoise], return_inverse=True)
+        together = np.diff(forwards.part_offsets)[of_part]
+        pairs = np.stack((forwards.request_id[denoise].astype(np.int64), together[denoise]), axis=1)
+        names, at = np.unique(pairs, axis=0, return_inverse=True)
         sums = np.zeros((len(names), 3), np.int64)
         np.add.at(sums, at, rows[denoise])
-        for name, row in zip(names.tolist(), sums, strict=True):
-            self.requests[name] += row
+        for (request, number), row in zip(names.tolist(), sums, strict=True):
+            self.requests[request, number] += row
         if cells.lower is not None and cells.upper is not None:
             of_denoise = kind == DENOISE
             for column, values in enumerate((cells.present, cells.lower, cells.upper)):
@@ -102,7 +105,7 @@ class RoutingTally:
         of_denoise, of_all = self.cells[DENOISE], self.cells.sum(axis=0)
         denoise = int(self.forwards[DENOISE])
         accepted = int(self.accepted[DENOISE])
-        requests = [row for _, row in sorted(self.requests.items()) if row[0]]
+        own, shares = self._of_requests()
         return {
             "forwards": int(self.forwards.sum()),
             "denoise_forwards": denoise,
@@ -110,8 +113,8 @@ class RoutingTally:
             "unique_experts_block": ratio(of_denoise[2], of_denoise[0]),
             "unique_experts_all_forwards": ratio(of_all[1], of_all[0]),
             "unique_experts_block_all_forwards": ratio(of_all[2], of_all[0]),
-            "unique_experts_per_request": ratio(math.fsum(row[2] / row[0] for row in requests), len(requests)),
-            "unique_experts_ci95": _ratio_interval(np.array(requests).reshape(-1, 3)),
+            "unique_experts_per_request": ratio(math.fsum(block / cells for cells, block in own), len(own)),
+            "unique_experts_ci95": _interval(shares, ratio(of_denoise[1], of_denoise[0])),
             "tokens_per_forward": ratio(accepted, denoise),
             "tokens_per_forward_with_commit": ratio(accepted, denoise + int(self.forwards[COMMIT])),
             "assignments": int(of_all[3]),
@@ -121,6 +124,20 @@ class RoutingTally:
             "load_skew": ratio(math.fsum(self.skew[:, 0].tolist()), self.skew[:, 1].sum()),
             "working_set_experts": self.working_sets.means(),
         }
+
+    def _of_requests(self) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """Of each request with denoise cells: their number and the unique experts of its block in them; its share of them.
+
+        The share, float64 [requests, 2], is cells and unique experts of calls, of each of which its requests get the same part.
+        """
+        own, shares = [], []
+        for _, found in groupby(sorted(self.requests.items()), key=lambda item: item[0][0]):
+            rows = [(number, *row.tolist()) for (_, number), row in found]
+            cells, block = (sum(row[at] for row in rows) for at in (1, 3))
+            if cells:
+                own.append((cells, block))
+                shares.append([float(sum(Fraction(row[at], row[0]) for row in rows)) for at in (1, 2)])
+        return own, np.array(shares, np.float64).reshape(-1, 2)
 
     def _experts_retained(self) -> float | None:
         """Mean share of a row's recorded experts that are still selected, over layers and rows with any."""
@@ -144,18 +161,19 @@ def ratio(part: float, whole: float) -> float | None:
     return float(part) / float(whole) if whole else None
 
 
-def _ratio_interval(requests: np.ndarray) -> list[float] | None:
+def _interval(requests: np.ndarray, mean: float | None) -> list[float] | None:
     """95% interval of unique experts over requests: normal approximation of a ratio of sums (linearised variance).
 
     Parameters
     ----------
     requests : np.ndarray
-        int64 [requests, 3]: cells and unique experts first. None is returned for fewer than two.
+        float64 [requests, 2]: cells and unique experts. None is returned for fewer than two.
+    mean : float, optional
+        The ratio of their sums.
     """
-    if len(requests) < 2:
+    if len(requests) < 2 or mean is None:
         return None
-    cells, unique = requests[:, 0].astype(np.float64), requests[:, 1].astype(np.float64)
-    mean = unique.sum() / cells.sum()
+    cells, unique = requests.T
     spread = ((unique - mean * cells) ** 2).sum() / (len(requests) - 1)
     error = NORMAL_95 * math.sqrt(spread / len(requests)) / cells.mean()
     return [float(mean - error), float(mean + error)]

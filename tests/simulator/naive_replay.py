@@ -243,7 +243,9 @@ def naive_summary(calls, cells, sizes, keep, first_block, residency):
                     rows = naive_choice(c, number, keep)
                     of_request.setdefault(p["request"], []).append(len({e for t in p["in_block"] for e in rows[t]}))
                     unique = cells[c["id"], number]["unique_experts"]
-                    calls_of_request.setdefault(p["request"], []).append(unique)
+                    # Requests of one call share it.
+                    share = Fraction(1, len(c["parts"]))
+                    calls_of_request.setdefault(p["request"], []).append((share, share * unique))
     totals = {k: sum(c[k] for c in cells.values()) for k in next(iter(cells.values())) if k not in ("kept", "vanilla")}
     by_kind = {}
     for kind, name in enumerate(KINDS):
@@ -255,11 +257,11 @@ def naive_summary(calls, cells, sizes, keep, first_block, residency):
     whole = sum(c["vanilla"] for c in weighted)
     interval = None
     if len(calls_of_request) > 1:
-        sums = [(len(v), sum(v)) for v in calls_of_request.values()]
+        sums = [tuple(map(sum, zip(*v, strict=True))) for v in calls_of_request.values()]
         ratio = sum(u for _, u in sums) / sum(n for n, _ in sums)
         variance = sum((u - ratio * n) ** 2 for n, u in sums) / (len(sums) - 1)
         half = 1.959963984540054 * math.sqrt(variance / len(sums)) / (sum(n for n, _ in sums) / len(sums))
-        interval = [ratio - half, ratio + half]
+        interval = [float(ratio) - half, float(ratio) + half]
     return {
         "forwards": len(calls),
         "denoise_forwards": steps,

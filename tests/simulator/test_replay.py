@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -152,6 +153,8 @@ def test_every_cell_and_every_figure_equals_the_naive_replay(seed, weights, simu
                 cell["kept"], cell["vanilla"] = kept, vanilla
             expected = naive_summary(calls, cells, sizes, keep, trace.first_block, residency)
             found = {key: run.summary[key] for key in expected}
+            low, high = found["unique_experts_ci95"] or (-math.inf, math.inf)
+            assert low <= (found["unique_experts"] or 0) <= high
             for key in ("unique_experts_per_request", "unique_experts_ci95"):
                 assert found.pop(key) == (pytest.approx(expected[key], rel=1e-12) if expected[key] else expected[key])
                 del expected[key]
