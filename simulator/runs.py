@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simulator.budget import Budgeted
+from simulator.cost import CostModel
 from simulator.plan import Plan
 from simulator.policy import Geometry
 from simulator.registry import describe
@@ -16,8 +17,8 @@ from simulator.tallies.summary import RoutingTally
 
 EXACT = "Exact: the recorded experts on the recorded forwards."
 OPEN_LOOP = (
-    "Estimate: exact on the recorded router scores, but open loop: other experts would change hidden states, and with them "
-    "later routing and tokens, which a replay cannot see; nothing here measures accuracy."
+    "Estimate: exact on what was recorded of the routers, but open loop: other experts would change hidden states, and with "
+    "them later routing and tokens, which a replay cannot see; nothing here measures accuracy."
 )
 SIMULATED = (
     "Estimate: the forwards are simulated from recorded ones, and open loop: other experts and other tokens would change "
@@ -67,6 +68,8 @@ def make_runs(
             cost = 0
             for machine in plan.machines:
                 latency = tally.latency(cost if machine.cost is not None else None, accepted)
+                about = [machine.note] if machine.note else []
+                about += memory_notes(machine.cost, tally.resident_bytes) if machine.cost is not None else []
                 cost += machine.cost is not None
                 runs.append(
                     Run(
@@ -77,7 +80,7 @@ def make_runs(
                         summary={**of_routing, **tally.summary(of_routing["assignments"]), **latency},
                         estimate=estimate,
                         bounds=bounds,
-                        notes=[*notes, *([machine.note] if machine.note else [])],
+                        notes=[*notes, *about],
                     )
                 )
     for run in runs:
@@ -140,6 +143,26 @@ def budget_notes(residency: Any, geometry: Geometry, resident_bytes: int) -> lis
             "like a larger one."
         )
     return found
+
+
+def memory_notes(cost: CostModel, resident_bytes: int) -> list[str]:
+    """What there is to say where the weights do not fit the machine's GPU.
+
+    Parameters
+    ----------
+    cost : CostModel
+        Of the machine and the model.
+    resident_bytes : int
+        Bytes of routed experts held at most.
+    """
+    machine = cost.hardware
+    if resident_bytes + cost.dense_bytes <= machine.gpu_memory_bytes:
+        return []
+    return [
+        f"Does not fit: {resident_bytes / 1e9:.4g} GB of experts and {cost.dense_bytes / 1e9:.4g} GB of other weights are more "
+        f"than the {machine.gpu_memory_bytes / 1e9:.4g} GB of {machine.name}; latency and speed are those of a GPU like it "
+        "with room for them. vram_gib gives a residency policy the budget that fits."
+    ]
 
 
 def speedup(first: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:

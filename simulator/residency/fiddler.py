@@ -42,12 +42,27 @@ class Fiddler(Budgeted):
     passes: ClassVar[int] = 2
     scope: ClassVar[str] = "layer"
     ordered: ClassVar[bool] = False
-    notes: ClassVar[tuple[str, ...]] = ("fiddler knows the popularity of the replayed run itself: its best case.",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cpu_tokens_max is not None and self.cpu_tokens_max < 0:
             raise UserError(f"cpu_tokens_max={self.cpu_tokens_max} is no number of tokens; give 0 or more.")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its figures rest on, and what it holds beside its budget."""
+        known = "fiddler knows the popularity of the replayed run itself: its best case."
+        if self.cpu_tokens_max is None:
+            return (
+                known,
+                "No machine says from how many tokens on fiddler copies an expert in, so every miss runs on the CPU, as under "
+                "static; give hardware or cpu_tokens_max.",
+            )
+        return (
+            known,
+            "A layer that copies experts in holds one of them at a time beside its budget; the released code has one such "
+            "place for all layers.",
+        )
 
     def priced(self, cost: CostModel, geometry: Geometry) -> Fiddler:
         """This policy with the machine's break-even for ``cpu_tokens_max``, or itself where that is given.
@@ -79,7 +94,7 @@ class Fiddler(Budgeted):
     def place(
         self, stream: ExpertStream, forwards: ForwardTable, geometry: Geometry, state: Any
     ) -> tuple[Placement, Any]:
-        """Residents hit; of the others those of many tokens pass through the placeholder on the GPU, one after the other."""
+        """Residents hit; of the others those of many tokens pass through a place beside them on the GPU, one by one."""
         hit = state[stream.experts]
         most = np.iinfo(np.int64).max if self.cpu_tokens_max is None else self.cpu_tokens_max
         copied = ~hit & (stream.tokens > most)

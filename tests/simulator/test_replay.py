@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simulator.cost import CostModel
 from simulator.policy import Selection, Trajectory
 from simulator.presets import load_hardware
 from simulator.replay import replay
+from simulator.runs import memory_notes
 from tests.simulator.naive_replay import LAYERS, E, mean, naive_cells, naive_forwards, naive_summary
 from tests.simulator.traces import joined, random_trace
 from tracer.errors import UserError
@@ -245,7 +247,9 @@ def test_notes_say_how_far_a_figure_may_be_trusted():
     )
     exact, best_case, bound, open_loop, *_, simulated = (run.notes for run in result.runs)
     assert exact[0].startswith("Exact: ") and "popularity of the replayed run" in best_case[1] and "a bound" in bound[1]
-    assert "open loop" in open_loop[0] and open_loop[0].startswith("Estimate: exact on the recorded router scores")
+    assert "open loop" in open_loop[0] and open_loop[0].startswith(
+        "Estimate: exact on what was recorded of the routers"
+    )
     assert "open loop" in simulated[0] and simulated[0].startswith("Estimate: the forwards are simulated")
 
 
@@ -307,6 +311,20 @@ def test_what_the_first_pass_keeps_changes_nothing(share, monkeypatch):
     assert len(read) == 3 * once
     assert anew.to_json() == kept.to_json()
     assert anew.cells.equals(kept.cells, null_equal=True) and anew.forwards.equals(kept.forwards)
+
+
+def test_weights_that_do_not_fit_the_gpu_are_told():
+    trace = random_trace(11)
+    model = replace(trace.meta.model, dense_bytes=8_000_000_000)
+    trace = replace(trace, meta=replace(trace.meta, model=model))
+    everything = sum(trace.meta.model.expert_bytes.values()) * trace.meta.model.num_experts
+    machine = load_hardware("rtx-4060-laptop")
+    for room, fits in ((everything + 8_000_000_000, True), (everything + 7_999_999_999, False)):
+        cost = CostModel(replace(machine, gpu_memory_bytes=room), 8, 8, 8_000_000_000, 2)
+        assert bool(memory_notes(cost, everything)) != fits
+    runs = replay(trace, ["vanilla"], ["all_resident"], ["rtx-4060-laptop", "h100-pcie5"]).runs
+    told = [[note for note in run.notes if note.startswith("Does not fit")] for run in runs]
+    assert len(told[0]) == 1 and "8 GB of other weights" in told[0][0] and not told[1]
 
 
 def test_latency_is_the_sum_of_its_forwards_and_speed_up_a_ratio_of_throughputs():

@@ -59,6 +59,11 @@ def naive_fiddler(cells, budget, cpu_tokens_max):
     return answers
 
 
+def test_notes_say_when_it_is_static_and_what_it_holds_beside_its_budget():
+    assert "as under static" in Fiddler(budget=2).notes[1]
+    assert "beside its budget" in Fiddler(budget=2, cpu_tokens_max=3).notes[1]
+
+
 def naive_costs(model, size, n):
     """Seconds of one expert of n tokens on the CPU, and copied in and on the GPU."""
     one, none = np.ones(1, np.int64), np.zeros(1, np.int64)
