@@ -22,11 +22,13 @@ from tracer.meta import sync_folder
 COMMIT_ORDER = ("requests", "tokens", "routing", "forwards")
 PAGE_BYTES = 8 << 20
 DELTA, PLAIN, RLE, SPLIT = "DELTA_BINARY_PACKED", "PLAIN", "RLE", "BYTE_STREAM_SPLIT"
-# token ids repeat from call to call, which zstd finds in plain pages; strings and states go by dictionary, which is RLE
+# token ids repeat from call to call, which zstd finds in plain pages; strings go by dictionary, which is RLE and for states not
+# smaller but slower than deltas
 ENCODINGS = {
     "forward_id": DELTA,
     "row": DELTA,
     "position": DELTA,
+    "state": DELTA,
     "layer": DELTA,
     "num_tokens": DELTA,
     "row_start": DELTA,
@@ -38,7 +40,7 @@ ENCODINGS = {
     "accepted": RLE,
     "confidence": SPLIT,
 }
-DICTIONARY = ("kind", "state", "stop_reason", "dataset")
+DICTIONARY = ("kind", "stop_reason", "dataset")
 
 
 def temporary_path(path: Path, table: str, number: int) -> Path:

@@ -222,10 +222,8 @@ def _align(
     routed: np.ndarray,
 ) -> None:
     """Give the rows of all cells stable slots, in place."""
-    bits = weights.view(np.uint16)
-    for layer, cells in zip(layout.layers.tolist(), layout.cell_of, strict=True):
-        first = np.where(cells >= 0, layout.starts[cells], -1)
-        memory.align(layer, ids, bits, routed, first, layout.row_offsets, reference)
+    first = np.where(layout.cell_of >= 0, layout.starts[layout.cell_of], -1)
+    memory.align(layout.layers.tolist(), ids, weights.view(np.uint16), routed, first, layout.row_offsets, reference)
 
 
 def _stored_scores(segment: OpenSegment, layout: Layout, cell: int) -> np.ndarray:

@@ -36,13 +36,12 @@ class _Seen(NamedTuple):
 class SlotMemory:
     """Slots of the last call of every request that is still under way; bounded by the rows of one segment.
 
-    ``_sets`` holds, per layer, ids [M, K] and whether they are known, bool [M]; ``_filled`` the same with the segment's rows
-    after them; ``_positions`` the rows' positions, ``_seen`` where a request's rows stand.
+    ``_sets`` holds, per layer, ids [M, K] and whether they are known, bool [M], with the segment's rows after them until
+    :meth:`carry` is called; ``_positions`` the rows' positions, ``_seen`` where a request's rows stand.
     """
 
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _sets: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    _filled: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     _positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     _size: int = 0
 
@@ -84,7 +83,7 @@ class SlotMemory:
 
     def align(
         self,
-        layer: int,
+        layers: list[int],
         expert_ids: np.ndarray,
         gate_weights: np.ndarray,
         routed: np.ndarray,
@@ -92,19 +91,20 @@ class SlotMemory:
         row_offsets: np.ndarray,
         reference: np.ndarray,
     ) -> None:
-        """Give a layer's rows stable slots, in place; arguments as in :func:`stable_slots`."""
-        rows, top_k = int(row_offsets[-1]), expert_ids.shape[1]
-        memory = np.empty((self._size + rows, top_k), expert_ids.dtype)
-        known = np.zeros(self._size + rows, np.bool_)
-        if layer in self._sets:
-            memory[: self._size], known[: self._size] = self._sets[layer]
-        others = cell_rows, row_offsets, reference
+        """Give the rows of all cells stable slots, in place; ``layers`` [L], the others as in :func:`stable_slots`."""
+        rows, top_k = self._size + int(row_offsets[-1]), expert_ids.shape[1]
+        memory = np.empty((len(layers), rows, top_k), expert_ids.dtype)
+        known = np.zeros((len(layers), rows), np.bool_)
+        for own_memory, own_known, layer in zip(memory, known, layers, strict=True):
+            if layer in self._sets:
+                own_memory[: self._size], own_known[: self._size] = self._sets[layer]
+        others = routed, cell_rows, row_offsets, reference
         if top_k == 8 and expert_ids.dtype == np.uint8:
             words = [array.reshape(-1).view(np.uint64) for array in (expert_ids, memory)]
-            stable_slots_of_eight(words[0], gate_weights.reshape(-1), routed, *others, words[1], known)
+            stable_slots_of_eight(words[0], gate_weights.reshape(-1), *others, words[1].reshape(known.shape), known)
         else:
-            stable_slots(expert_ids, gate_weights, routed, *others, memory, known)
-        self._filled[layer] = memory, known
+            stable_slots(expert_ids, gate_weights, *others, memory, known)
+        self._sets = dict(zip(layers, zip(memory, known, strict=True), strict=True))
 
     def carry(self, ended: Iterable[int]) -> None:
         """Keep the rows of each request's last call in the segment; forget requests that ended or were not in it."""
@@ -119,8 +119,7 @@ class SlotMemory:
             size += rows
         index = np.concatenate(kept) if kept else np.empty(0, np.int64)
         self._seen, self._size, self._positions = moved, size, self._positions[index]
-        self._sets = {layer: (memory[index], known[index]) for layer, (memory, known) in self._filled.items()}
-        self._filled = {}
+        self._sets = {layer: (memory[index], known[index]) for layer, (memory, known) in self._sets.items()}
 
 
 @njit
@@ -134,40 +133,41 @@ def stable_slots(expert_ids, gate_weights, routed, cell_rows, row_offsets, refer
     Parameters
     ----------
     expert_ids : uint8 or uint16 [S, K]
-        Rows of all cells; those of the layer are changed in place.
+        Rows of all cells, changed in place.
     gate_weights : uint16 [S, K] or [0, K]
         Bits of the float16 weights, likewise; no rows when there are none.
     routed : bool [S] or [0]
         Empty when every row was routed.
-    cell_rows : int64 [F]
-        First row of the layer's cell of each call, -1 for calls without the layer.
+    cell_rows : int64 [L, F]
+        First row of the cell of each layer and call, -1 for calls without the layer.
     row_offsets : int64 [F + 1]
         First token row of each call, and T.
     reference : int64 [T]
         The row each one is aligned with, an index into ``memory``; -1 for none.
-    memory : like expert_ids [M + T, K]
-        The first M rows are the slots remembered from earlier; row M + t is filled for row t.
-    known : bool [M + T]
+    memory : like expert_ids [L, M + T, K]
+        The first M rows of a layer are the slots remembered from earlier; row M + t is filled for row t.
+    known : bool [L, M + T]
         Whether a row of ``memory`` holds a set; the first M are given.
     """
     top_k = expert_ids.shape[1]
-    carried = len(memory) - len(reference)
+    carried = known.shape[1] - len(reference)
     weighted = len(gate_weights) > 0
     # 1 + the slot an expert had in the reference row; cleared after each row by walking the same ids again
     slot_of = np.zeros(1 << (8 * expert_ids.itemsize), np.int16)
     slot = np.empty(top_k, np.int64)
     free = np.zeros(top_k, np.bool_)
     bits = np.empty(top_k, np.uint16)
-    for call in range(len(cell_rows)):
-        base = cell_rows[call] - row_offsets[call]
+    for cell in range(cell_rows.size):
+        call, layer = divmod(cell, len(cell_rows))
+        base = cell_rows[layer, call] - row_offsets[call]
         for t in range(row_offsets[call], row_offsets[call + 1]):
             before, now = reference[t], carried + t
-            linked = before >= 0 and known[before]
-            own = cell_rows[call] >= 0 and (len(routed) == 0 or routed[base + t])
-            known[now] = linked or own
+            linked = before >= 0 and known[layer, before]
+            own = cell_rows[layer, call] >= 0 and (len(routed) == 0 or routed[base + t])
+            known[layer, now] = linked or own
             if not own:
                 for k in range(top_k if linked else 0):
-                    memory[now, k] = memory[before, k]
+                    memory[layer, now, k] = memory[layer, before, k]
                 continue
             for k in range(top_k):
                 slot[k] = 0
@@ -175,7 +175,7 @@ def stable_slots(expert_ids, gate_weights, routed, cell_rows, row_offsets, refer
                     slot[k] += expert_ids[base + t, other] < expert_ids[base + t, k]
             if linked:
                 for k in range(top_k):
-                    slot_of[memory[before, k]] = k + 1
+                    slot_of[memory[layer, before, k]] = k + 1
                     free[k] = True
                 for k in range(top_k):
                     slot[k] = slot_of[expert_ids[base + t, k]] - 1
@@ -183,18 +183,18 @@ def stable_slots(expert_ids, gate_weights, routed, cell_rows, row_offsets, refer
                         free[slot[k]] = False
                 place = 0
                 for k in range(top_k):
-                    slot_of[memory[before, k]] = 0
+                    slot_of[memory[layer, before, k]] = 0
                     if slot[k] < 0:
                         while not free[place]:
                             place += 1
                         slot[k] = place
                         place += 1
             for k in range(top_k):
-                memory[now, slot[k]] = expert_ids[base + t, k]
+                memory[layer, now, slot[k]] = expert_ids[base + t, k]
                 if weighted:
                     bits[slot[k]] = gate_weights[base + t, k]
             for k in range(top_k):
-                expert_ids[base + t, k] = memory[now, k]
+                expert_ids[base + t, k] = memory[layer, now, k]
                 if weighted:
                     gate_weights[base + t, k] = bits[k]
 
@@ -203,7 +203,7 @@ def stable_slots(expert_ids, gate_weights, routed, cell_rows, row_offsets, refer
 def stable_slots_of_eight(expert_ids, gate_weights, routed, cell_rows, row_offsets, reference, memory, known):
     """:func:`stable_slots` for rows of eight uint8 ids, each row one uint64: the same result many times as fast.
 
-    ``expert_ids`` uint64 [S], ``memory`` uint64 [M + T] and ``gate_weights`` uint16 [S * 8] or [0] are the arrays there, in
+    ``expert_ids`` uint64 [S], ``memory`` uint64 [L, M + T] and ``gate_weights`` uint16 [S * 8] or [0] are the arrays there, in
     other views. A call's rows are compared with their references first, all pairs of slots by eight rotations and without a
     branch, which becomes vector code; what depends on a row's newcomers comes after.
     """
@@ -213,23 +213,26 @@ def stable_slots_of_eight(expert_ids, gate_weights, routed, cell_rows, row_offse
     # byte j is j
     places = np.uint64(0x0706050403020100)
     byte, one, seven, top = np.uint64(255), np.uint64(1), np.uint64(7), np.uint64(56)
-    carried = len(memory) - len(reference)
+    carried = known.shape[1] - len(reference)
     weighted = len(gate_weights) > 0
     most = 0
-    for call in range(len(cell_rows)):
+    for call in range(cell_rows.shape[1]):
         most = max(most, row_offsets[call + 1] - row_offsets[call])
     # flags, in bit 7, of the reference's slots that stay and of the ids that stay; byte j of order: which id goes into slot j
     kept, taken, orders = np.empty(most, np.uint64), np.empty(most, np.uint64), np.empty(most, np.uint64)
     bits = np.empty(8 * most if weighted else 0, np.uint16)
-    for call in range(len(cell_rows)):
+    # calls before layers, so that ids and weights are walked through as they stand
+    for cell in range(cell_rows.size):
+        call, layer = divmod(cell, len(cell_rows))
         first, rows = row_offsets[call], row_offsets[call + 1] - row_offsets[call]
         # loops over slices from 0 on become vector code, indices with an offset do not
-        linked, now = known[carried + first : carried + first + rows], memory[carried + first : carried + first + rows]
+        held, sets = known[layer], memory[layer]
+        linked, now = held[carried + first : carried + first + rows], sets[carried + first : carried + first + rows]
         for t in range(rows):
             source = reference[first + t]
-            linked[t] = source >= 0 and known[source]
-            now[t] = memory[source] if linked[t] else np.uint64(0)
-        base = cell_rows[call]
+            linked[t] = source >= 0 and held[source]
+            now[t] = sets[source] if linked[t] else np.uint64(0)
+        base = cell_rows[layer, call]
         if base < 0:
             continue
         given = expert_ids[base : base + rows]
