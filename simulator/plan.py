@@ -35,7 +35,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The policies of a replay. ``acceptance_of`` gives each routing policy its place in ``acceptances``."""
+    """The policies of a replay. ``acceptance_of`` gives each routing policy its place in ``acceptances``.
+
+    ``placed_on`` gives each residency policy asked for its place in ``residencies``, machine by machine: one that decides by a
+    machine's speed is another policy on each.
+    """
 
     geometry: Geometry
     acceptances: list[Any]
@@ -43,6 +47,12 @@ class Plan:
     routings: list[Any]
     residencies: list[Any]
     machines: list[Machine]
+    placed_on: list[tuple[int, ...]]
+
+    @property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Places of routing, residency and machine of every run, routing outermost."""
+        return [(r, p, m) for r in range(len(self.routings)) for own in self.placed_on for m, p in enumerate(own)]
 
     @property
     def with_scores(self) -> bool:
@@ -75,7 +85,7 @@ def make_plan(
     routing, residency : sequence
         Specs or policy objects, or one spec.
     hardware : str or sequence of str, optional
-        Hardware specs, see :func:`simulator.pricing.priced_on`. On one machine, policies that decide by its speed learn of it.
+        Hardware specs, see :func:`simulator.pricing.priced_on`. Policies that decide by a machine's speed learn of it.
 
     Raises
     ------
@@ -102,29 +112,20 @@ def make_plan(
     # A policy fitted on another trace shares its budget out by the loads of that one.
     split = any(getattr(p, "split", None) and not getattr(p, "fit_on", None) for p in residencies)
     geometry = loaded_geometry(trace) if split else geometry_of(trace)
-    if len(machines) == 1 and machines[0].cost is not None:
-        cost = machines[0].cost
-        residencies = [p.priced(cost, geometry) if hasattr(p, "priced") else p for p in residencies]
-    return Plan(geometry, acceptances, acceptance_of, routings, residencies, machines)
-
-
-def refuse_priced(plan: Plan) -> None:
-    """Refuse several machines for a policy that decides by the machine's speed: a replay places once for all of them.
-
-    Raises
-    ------
-    UserError
-        There is such a policy.
-    """
-    for policy in plan.residencies:
-        if len(plan.machines) > 1 and any(p != policy for p in _priced(policy, plan)):
-            raise UserError(
-                f"{describe(policy)['name']} decides by the machine it runs on; replay it on one machine at a time, or sweep."
-            )
-
-
-def _priced(policy: Any, plan: Plan) -> list[Any]:
-    return [policy.priced(cost, plan.geometry) for cost in plan.costs] if hasattr(policy, "priced") else []
+    placed: list[Any] = []
+    placed_on = []
+    for policy in residencies:
+        alike: list[Any] = []
+        on = []
+        for machine in machines:
+            learned = hasattr(policy, "priced") and machine.cost is not None
+            there = policy.priced(machine.cost, geometry) if learned else policy
+            if there not in alike:
+                alike.append(there)
+            on.append(len(placed) + alike.index(there))
+        placed += alike
+        placed_on.append(tuple(on))
+    return Plan(geometry, acceptances, acceptance_of, routings, placed, machines, placed_on)
 
 
 def _several(specs: Any) -> Sequence[Any]:

@@ -141,7 +141,7 @@ class ResidencyPolicy(Protocol):
     ``together = True`` (optional) says that a policy with scope "layer" can also serve all layers in one stream, each as it
     would alone; its ``layer`` is None then.
     ``passes = 2`` policies get ``fit`` called with every stream of the run, in order, before the first ``place``. A policy that
-    decides by the machine's speed has ``priced(cost, geometry)``, the policy to use where a replay has exactly one machine.
+    decides by the machine's speed has ``priced(cost, geometry)``, the policy to use on each.
     """
 
     requires: ClassVar[frozenset[str]]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.plan import Plan, make_plan, refuse_priced
+from simulator.plan import Plan, make_plan
 from simulator.policy import ExpertStream
 from simulator.registry import answer_of, describe
 from simulator.result import ReplayResult, cell_columns, forward_columns
@@ -73,7 +73,6 @@ def replay(
         A spec that does not load, or a policy that needs what the trace does not hold.
     """
     plan = make_plan(trace, routing, residency, hardware)
-    refuse_priced(plan)
     if threads is not None and threads < 1:
         raise UserError(f"threads={threads} is no number of threads; give 1 or more.")
     cap = MAX_THREADS_WITH_SCORES if plan.with_scores else MAX_THREADS
@@ -266,11 +265,10 @@ class _Runner:
             "forwards": self.recorded_forwards,
         }
         runs = make_runs(plan, self.simulated, self.notes, self.routed, self.placed)
-        machines = range(len(plan.machines))
         return ReplayResult(
             trace=told,
             runs=runs,
             _spool=self.tables,
-            _cell_keys=[pair for pair in self.pairs for _ in machines] if self.keep_cells else None,
-            _forward_keys=[plan.acceptance_of[r] for r, _ in self.pairs for _ in machines],
+            _cell_keys=[(r, p) for r, p, _ in plan.runs] if self.keep_cells else None,
+            _forward_keys=[plan.acceptance_of[r] for r, _, _ in plan.runs],
         )

@@ -49,40 +49,34 @@ def make_runs(
         (routing, residency) to its tally.
     """
     runs: list[Run] = []
-    for r, routing in enumerate(plan.routings):
-        a = plan.acceptance_of[r]
-        of_routing, bounds = routed[r].summary(), routed[r].bounds()
-        accepted = int(routed[r].accepted.sum())
-        named = {
-            "acceptance": describe(plan.acceptances[a]),
-            "routing": describe(routing),
-        }
+    summaries = [tally.summary() for tally in routed]
+    # Costs by machine, those without one left out.
+    priced = [machine.cost is not None for machine in plan.machines]
+    for r, p, m in plan.runs:
+        a, routing, residency, machine = plan.acceptance_of[r], plan.routings[r], plan.residencies[p], plan.machines[m]
+        tally, of_routing = placed[r, p], summaries[r]
         estimate, trust = trusted(routing, plan.geometry, simulated[a])
-        for p, residency in enumerate(plan.residencies):
-            tally = placed[r, p]
-            notes = [trust, *trajectory_notes[a]]
-            for policy in (routing, residency):
-                notes += getattr(policy, "notes", ())
-            notes += budget_notes(residency, plan.geometry, tally.resident_bytes)
-            notes += [INTERVAL] if of_routing["unique_experts_ci95"] else []
-            cost = 0
-            for machine in plan.machines:
-                latency = tally.latency(cost if machine.cost is not None else None, accepted)
-                about = [machine.note] if machine.note else []
-                about += memory_notes(machine.cost, tally.resident_bytes) if machine.cost is not None else []
-                cost += machine.cost is not None
-                runs.append(
-                    Run(
-                        run=len(runs),
-                        **named,
-                        residency=describe(residency),
-                        hardware=machine.spec,
-                        summary={**of_routing, **tally.summary(of_routing["assignments"]), **latency},
-                        estimate=estimate,
-                        bounds=bounds,
-                        notes=[*notes, *about],
-                    )
-                )
+        notes = [trust, *trajectory_notes[a]]
+        for policy in (routing, residency):
+            notes += getattr(policy, "notes", ())
+        notes += budget_notes(residency, plan.geometry, tally.resident_bytes)
+        notes += [INTERVAL] if of_routing["unique_experts_ci95"] else []
+        notes += [machine.note] if machine.note else []
+        notes += memory_notes(machine.cost, tally.resident_bytes) if machine.cost is not None else []
+        latency = tally.latency(sum(priced[:m]) if priced[m] else None, int(routed[r].accepted.sum()))
+        runs.append(
+            Run(
+                run=len(runs),
+                acceptance=describe(plan.acceptances[a]),
+                routing=describe(routing),
+                residency=describe(residency),
+                hardware=machine.spec,
+                summary={**of_routing, **tally.summary(of_routing["assignments"]), **latency},
+                estimate=estimate,
+                bounds=routed[r].bounds(),
+                notes=notes,
+            )
+        )
     for run in runs:
         run.summary["speedup"] = speedup(runs[0].summary, run.summary)
     return runs

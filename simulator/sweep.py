@@ -183,10 +183,7 @@ def _passes(points: Sequence[_Point]) -> Iterator[tuple[list[Any], list[Any], li
         machines_of.setdefault((routing, residency), []).append(machine)
     routings_of: dict[tuple[str, tuple[str | None, ...]], list[str]] = {}
     for (routing, residency), machines in machines_of.items():
-        # A policy that decides by the machine's speed is another policy on every machine.
-        alone = hasattr(at[routing, residency, machines[0]].residency, "priced")
-        for together in [(machine,) for machine in machines] if alone else [tuple(machines)]:
-            routings_of.setdefault((residency, together), []).append(routing)
+        routings_of.setdefault((residency, tuple(machines)), []).append(routing)
     residencies_of: dict[tuple[tuple[str, ...], tuple[str | None, ...]], list[str]] = {}
     for (residency, together), routings in routings_of.items():
         residencies_of.setdefault((tuple(routings), together), []).append(residency)

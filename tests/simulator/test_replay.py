@@ -365,12 +365,26 @@ def test_several_machines_come_innermost():
     assert halves[0].equals(halves[1]) and halves[2].equals(halves[3])
 
 
-def test_a_policy_that_decides_by_the_machine_takes_one_machine():
-    trace = random_trace(1, expert_bytes={1: 1000, 2: 1000})
-    machines = ["h100-pcie5", "a100-pcie4"]
-    with pytest.raises(UserError, match="fiddler decides by the machine it runs on"):
-        replay(trace, residency=["fiddler:budget=2"], hardware=machines)
-    assert len(replay(trace, residency=["fiddler:budget=2,cpu_tokens_max=1"], hardware=machines).runs) == 2
+def test_a_policy_that_decides_by_the_machine_is_another_on_each():
+    trace = random_trace(1, expert_bytes=dict.fromkeys((1, 2), 6_291_456))
+    machines = ["h100-pcie5", "gh200", "rtx-4060-laptop", "h100-pcie5:overlap=true"]
+    specs = ["fiddler:budget=2", "lru:budget=2", "fiddler:budget=2,cpu_tokens_max=1"]
+    together = replay(trace, ["vanilla", FirstSlots(1)], specs, machines)
+    alone = [replay(trace, ["vanilla", FirstSlots(1)], specs, machine) for machine in machines]
+    first = together.runs[0].summary
+    for number, run in enumerate(together.runs):
+        of_machine, other = alone[number % 4], number // 4
+        expected = of_machine.runs[other]
+        speed = run.summary.pop("speedup")
+        assert speed == pytest.approx(run.summary["tokens_per_s"] / first["tokens_per_s"], rel=1e-12)
+        del expected.summary["speedup"]
+        assert replace(run, run=other) == expected
+        mine, theirs = (
+            c.filter(pl.col("run") == n).drop("run") for c, n in ((together.cells, number), (of_machine.cells, other))
+        )
+        assert mine.equals(theirs, null_equal=True)
+    decided = {run.residency["parameters"]["cpu_tokens_max"] for run in together.runs[:4]}
+    assert len(decided) > 1
 
 
 def test_a_cache_that_held_more_than_its_budget_says_so():
