@@ -18,15 +18,12 @@ import numpy as np
 from simulator.acceptance.recorded import Recorded
 from simulator.policy import CONFIDENCE, TOKENS, Geometry, Trajectory
 from simulator.speculation.blocks import BlockTable, block_table
-from simulator.speculation.recorded_team import recorded_team, recorded_under_team
+from simulator.speculation.recorded_team import quotas_of, recorded_team, recorded_under_team, threshold_of
 from simulator.speculation.simulated import Walk, simulated_trajectory
 from simulator.speculation.walk import BRANCHES, fewest_forwards, row_states, walk
 from tracer.errors import UserError
 from tracer.schema import DENOISE
 from tracer.trace import Segment
-
-# The threshold of TEAM's released SDAR configuration, for traces that do not say theirs.
-THRESHOLD = 0.95
 
 SURROGATE = (
     "Speculated states take predictions and router rows from the latest vanilla step whose known tokens they contain; "
@@ -53,7 +50,8 @@ class TeamAcceptance:
     threshold : float, optional
         Probability above which a token is accepted; None takes the trace's, or 0.95.
     quota : int, optional
-        Tokens a forward accepts at least; None takes the trace's block length / steps, or 1.
+        Tokens a forward accepts at least; None takes the trace's block length / steps, the remainder to the first steps as
+        in its loop, or 1.
     hot_probability : float
         A row at least this sure of its token is never cold: 0.7 in the release, 0.6 best in the paper.
     hot_distance : int
@@ -93,7 +91,7 @@ class TeamAcceptance:
         """
         recorded = Recorded().unroll(segment, geometry)
         if recorded_under_team(geometry.decoding):
-            return recorded_team(segment, geometry, self, recorded, THRESHOLD)
+            return recorded_team(segment, geometry, self, recorded)
         if not (self.reuse or self.limit or self.speculate):
             return recorded
         table = block_table(segment, geometry.block_length, "team", self.limit or self.speculate)
@@ -153,9 +151,7 @@ class TeamAcceptance:
         )
 
     def _walk(self, geometry: Geometry, table: BlockTable) -> Walk:
-        decoding, width = geometry.decoding, table.row.shape[1]
-        threshold = self.threshold if self.threshold is not None else decoding.get("threshold")
-        quota = self.quota or max(1, geometry.block_length // int(decoding.get("steps") or geometry.block_length))
+        width = table.row.shape[1]
         first = table.offsets[:-1]
         room = int((~table.known[first]).sum()) + 2 * len(first)
         walked = Walk(
@@ -174,8 +170,8 @@ class TeamAcceptance:
             table.final.view(np.uint8),
             table.predicted,
             table.confidence,
-            np.float32(THRESHOLD if threshold is None else threshold),
-            quota,
+            threshold_of(self, geometry),
+            quotas_of(geometry) if self.quota is None else np.array([self.quota], np.int64),
             np.float32(self.hot_probability),
             self.hot_distance,
             self.limit,

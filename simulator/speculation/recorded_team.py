@@ -15,11 +15,16 @@ import numpy as np
 from simulator.policy import Geometry, Trajectory
 from simulator.speculation.branch_table import BranchTable, branch_table
 from simulator.speculation.walk import accept, mark_cold, two_surest
+from tracer.decoding.accept import quotas
 from tracer.errors import UserError
 from tracer.jit import njit
 from tracer.trace import LayerTrace, Segment
 
 LOOP = "team"
+
+# The threshold of TEAM's released SDAR configuration, for traces that do not say theirs.
+THRESHOLD = 0.95
+
 SWITCHES = ("reuse", "limit", "speculate")
 HOT = ("hot_probability", "hot_distance")
 
@@ -54,17 +59,24 @@ def other_parameters(policy: Any, geometry: Geometry) -> dict[str, Any]:
         for name in names
         if decoding.get(name) is not None and decoding[name] != getattr(policy, name)
     }
-    quotas = quotas_of(geometry)
-    if policy.quota is not None and (quotas != policy.quota).any():
-        others["quota"] = int(quotas[0])
+    own = quotas_of(geometry)
+    if policy.quota is not None and (own != policy.quota).any():
+        others["quota"] = int(own[0])
     return others
 
 
 def quotas_of(geometry: Geometry) -> np.ndarray:
-    """int64 [steps]: tokens a block gains at least at each of its steps, ``block_length / steps``, the rest to the first."""
+    """int64 [steps]: tokens a block gains at least at each of its steps, by the rule of the decoding loops."""
     steps = max(1, int(geometry.decoding.get("steps") or geometry.block_length or 1))
-    share, rest = divmod(geometry.block_length, steps)
-    return np.maximum(1, share + (np.arange(steps) < rest))
+    return np.array(quotas(geometry.block_length, steps), np.int64)
+
+
+def threshold_of(policy: Any, geometry: Geometry) -> np.float32:
+    """Probability above which a token is accepted: the policy's, the trace's or the released one."""
+    threshold = policy.threshold if policy.threshold is not None else geometry.decoding.get("threshold")
+    threshold = THRESHOLD if threshold is None else threshold
+    # From 1 on the threshold accepts nothing, whatever a probability rounds to.
+    return np.float32(np.inf if threshold >= 1 else threshold)
 
 
 @njit
@@ -129,9 +141,7 @@ def _follow(
     return -1, 0
 
 
-def recorded_team(
-    segment: Segment, geometry: Geometry, policy: Any, recorded: Trajectory, default: float
-) -> Trajectory:
+def recorded_team(segment: Segment, geometry: Geometry, policy: Any, recorded: Trajectory) -> Trajectory:
     """The recorded forwards of a TEAM run with the row states its rules give.
 
     Parameters
@@ -144,8 +154,6 @@ def recorded_team(
         Has the fields of :class:`simulator.acceptance.team.TeamAcceptance`.
     recorded : Trajectory
         The identity.
-    default : float
-        Threshold where neither policy nor trace has one.
 
     Raises
     ------
@@ -161,8 +169,6 @@ def recorded_team(
         )
     forwards = segment.forwards
     table = branch_table(segment, geometry.block_length, LOOP)
-    threshold = policy.threshold if policy.threshold is not None else geometry.decoding.get("threshold")
-    threshold = default if threshold is None else threshold
     here = table.row[table.offsets[:-1], 0] >= 0
     reused, cold = np.zeros((2, len(table.forward), geometry.block_length), np.uint8)
     at, fault = _follow(
@@ -175,8 +181,7 @@ def recorded_team(
         forwards.branches[table.forward].astype(np.int64),
         forwards.chosen_branch[table.forward].astype(np.int64),
         forwards.num_accepted[table.forward],
-        # From 1 on the threshold accepts nothing, whatever a probability rounds to.
-        np.float32(np.inf if threshold >= 1 else threshold),
+        threshold_of(policy, geometry),
         quotas_of(geometry),
         np.float32(policy.hot_probability),
         policy.hot_distance,

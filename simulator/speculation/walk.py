@@ -127,11 +127,12 @@ def row_states(offsets, known, here, accepted, confidence, hot_probability, hot_
 
 @njit
 def walk(
-    offsets, known, here, final, predicted, confidence, threshold, quota, hot_probability, hot_distance, limit,
+    offsets, known, here, final, predicted, confidence, threshold, quotas, hot_probability, hot_distance, limit,
     block, step, state, fresh, cold, gained, chosen,
 ):  # fmt: skip
     """Simulate every block; return how many forwards happen.
 
+    ``quotas`` int64 [steps] are the tokens a block's forwards accept at least, the last one for all from there on.
     Of forward i are written: its ``block``; the vanilla ``step`` [N, 4] each branch sees; the known set of branch r as
     ``state`` [N, 4, B]; ``fresh`` [N, B], accepted by the forward before; ``cold`` [N, B]; the tokens ``gained``; the
     ``chosen`` branch, -1 in a block's first forward. A block ends when all is known that vanilla knew in the end.
@@ -151,11 +152,13 @@ def walk(
             step[i, r] = first
             put(state[i, r], current)
         chosen[i] = -1
-        gained[i] = accept(current, confidence[first], threshold, quota, just)
+        gained[i] = accept(current, confidence[first], threshold, quotas[0], just)
+        begin = i
         join(current, just)
         i += 1
         while not contains(current, final[c]):
             a, b = two_surest(current, confidence[seen])
+            quota = quotas[min(i - begin, len(quotas) - 1)]
             block[i] = c
             for r in range(BRANCHES):
                 own = state[i, r]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tests.builders import in_memory, route_row, scores
-from tests.simulator.test_acceptance_team import naive_accept, naive_cold
+from tests.simulator.test_acceptance_team import naive_accept, naive_cold, naive_quota
 from tests.simulator.test_kernels import naive_choose
 from tracer.schema import COMMIT, DECODED, DENOISE, MASKED, PREFILL, PROMPT
 from tracer.trace import ForwardTable, LayerTrace, TokenTable
@@ -25,11 +25,6 @@ class Drawn:
             x[j] = true if self.rng.random() < self.sure else int(self.rng.integers(2, 9))
             p[j] = np.float32(self.rng.integers(0, 9) / 8 if self.rng.random() < 0.5 else self.rng.random())
         return x, p
-
-
-def naive_quota(length, steps, step):
-    """Tokens a block of ``length`` must gain at a step: its share, the remainder to the first steps, at least one."""
-    return max(1, length // steps + (1 if step < length % steps else 0))
 
 
 def naive_block(positions, known, model, policy, threshold, steps):

@@ -18,6 +18,11 @@ from tracer.errors import UserError
 from tracer.schema import COMMIT, DECODED, DENOISE, MASKED, PREFILL
 
 
+def naive_quota(length, steps, step):
+    """Tokens a block of ``length`` must gain at a step: its share, the remainder to the first steps, at least one."""
+    return max(1, length // steps + (1 if step < length % steps else 0))
+
+
 def naive_blocks(segment, block_length):
     """Blocks by (request, block): their steps as dicts of sets and maps over positions, and their commit forward's rows."""
     forwards, tokens = segment.forwards, segment.tokens
@@ -80,7 +85,7 @@ def naive_states(segment, block_length, policy):
 
 
 def naive_block(entry, policy, threshold, quota):
-    """The simulated denoise forwards of one block: each a dict of its rows and what it accepts."""
+    """The simulated denoise forwards of one block: each a dict of its rows and what it accepts; ``quota(step)`` at least."""
     steps = entry["steps"]
     positions = set(steps[0]["rows"])
     final = steps[-1]["known"] | steps[-1]["accepted"]
@@ -97,7 +102,7 @@ def naive_block(entry, policy, threshold, quota):
         return entry["commit"][j] if entry["commit"] else steps[-1]["rows"][j]
 
     cur = set(steps[0]["known"])
-    just = naive_accept(positions - cur, steps[0]["p"], threshold, quota)
+    just = naive_accept(positions - cur, steps[0]["p"], threshold, quota(0))
     forwards = [{"like": steps[0]["forward"], "rows": None, "gained": len(just), "chosen": -1}]
     cur |= just
     last = steps[0]
@@ -108,7 +113,7 @@ def naive_block(entry, policy, threshold, quota):
         states = [cur | extra for extra in joins]
         sees = [seen(state) for state in states]
         taken = [
-            naive_accept(positions - state, step["p"], threshold, quota)
+            naive_accept(positions - state, step["p"], threshold, quota(len(forwards)))
             for state, step in zip(states, sees, strict=True)
         ]
         decoded = (cur - just) if policy.reuse else set()
@@ -240,13 +245,17 @@ def rounded(segment):
 
 
 @settings(max_examples=150, deadline=None)
-@given(runs(), policies, st.booleans())
-def test_speculation_is_the_plain_simulation(run, policy, ties):
+@given(runs(), policies, st.sampled_from([None, 1, 2, 3, 4, 5, 7]), st.booleans())
+def test_speculation_is_the_plain_simulation(run, policy, steps, ties):
     segment, where = run
     segment = rounded(segment) if ties else segment
-    where = replace(where, decoding={"threshold": 0.6, "steps": 2})
+    where = replace(where, decoding={"threshold": 0.6, "steps": steps})
     threshold = 0.6 if policy.threshold is None else policy.threshold
-    quota = policy.quota or max(1, where.block_length // 2)
+    length = where.block_length
+
+    def quota(step):
+        return policy.quota or naive_quota(length, steps or length, step)
+
     assert_simulated(segment, where, policy, threshold, quota)
 
 
@@ -255,7 +264,7 @@ def test_speculation_at_real_size():
     for kv_cache in (True, False):
         segment, _ = block_run(rng, blocks=3, block_length=32, prompt=70, kv_cache=kv_cache, max_accept=4)
         where = geometry(segment, 32, steps=32)
-        trajectory = assert_simulated(segment, where, TeamAcceptance(), 0.95, 1)
+        trajectory = assert_simulated(segment, where, TeamAcceptance(), 0.95, lambda step: 1)
         assert (LAST_STEP in trajectory.notes) == (not kv_cache)
         assert trajectory.cold.any() and trajectory.reused.any()
 

@@ -16,7 +16,8 @@ from simulator.routing.team import Team
 from simulator.speculation.recorded_team import quotas_of
 from tests.builders import router
 from tests.simulator.routing_cases import active_only, geometry, recorded, rows_of, seeds, with_layers
-from tests.simulator.team_runs import naive_quota, team_run
+from tests.simulator.team_runs import team_run
+from tests.simulator.test_acceptance_team import naive_quota
 from tests.simulator.test_kernels import naive_choose
 from tests.simulator.traces import MemoryTrace, meta_of
 from tracer.errors import UserError
@@ -181,6 +182,23 @@ def test_quotas_are_those_of_the_plain_run(length, steps):
     segment, _, _, _, _ = big_run()
     found = quotas_of(geometry(segment, length, steps=steps)).tolist()
     assert found == [naive_quota(length, steps, step) for step in range(steps)]
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 3, 5, 6, 24, 31, 32, 40])
+def test_a_vanilla_run_of_any_number_of_steps_begins_every_block_as_its_loop_did(steps, threshold):
+    rng, off = np.random.default_rng(steps), TeamAcceptance(reuse=False, limit=False, speculate=False)
+    specs = {1: router(rng, 16, 2)}
+    segment, _ = team_run(
+        rng, off, threshold=threshold, steps=steps, specs=specs, block_length=32, prompt=40, blocks=3, sure=1.0
+    )
+    # Without its switches the loop is vanilla, of one branch a forward.
+    assert segment.forwards.chosen_branch.max() == -1 and segment.forwards.branches.max() == 1
+    trajectory = TeamAcceptance().unroll(segment, geometry(segment, 32, loop="sdar", threshold=threshold, steps=steps))
+    found, recorded = (f.num_accepted[f.step == 0].tolist() for f in (trajectory.forwards, segment.forwards))
+    assert found == recorded
+    assert threshold < 1 or found == [min(24, naive_quota(32, steps, 0)), *[naive_quota(32, steps, 0)] * 2]
+    assert int(trajectory.forwards.step.max()) <= int(segment.forwards.step.max()) < max(steps, 32 // steps)
 
 
 def test_scores_of_the_experts_in_use_are_enough():

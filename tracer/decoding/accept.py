@@ -1,11 +1,15 @@
 """Which masked tokens a denoising step accepts, and what it would write: the rule LLaDA2 and SDAR share.
 
-Source: the generate methods of LLaDA2.0's and SDAR's released code (threshold and quota per step).
+Source: the generate methods of LLaDA2.0's and SDAR's released code (threshold and quota per step). Importing this imports no
+torch, so that a replay can ask for the same quotas.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def quotas(block_length: int, steps: int) -> list[int]:
@@ -41,7 +45,7 @@ def accept(probability: torch.Tensor, masked: torch.Tensor, threshold: float, qu
     if threshold < 1 and int(high.sum()) >= quota:
         return high
     ranked = probability.float().masked_fill(~masked, -1.0).argsort(descending=True, stable=True)
-    chosen = torch.zeros_like(masked)
+    chosen = masked.new_zeros(masked.shape)
     chosen[ranked[:quota]] = True
     return chosen & masked
 
@@ -73,5 +77,5 @@ def predict(
     best_probability, best = choosable.max(dim=-1)
     if temperature == 0:
         return best, best_probability, best, best_probability
-    drawn = torch.multinomial(choosable, 1, generator=generator)
+    drawn = choosable.multinomial(1, generator=generator)
     return drawn.squeeze(-1), distribution.gather(-1, drawn).squeeze(-1), best, best_probability
