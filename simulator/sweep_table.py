@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from simulator.cost import PARTS
 from simulator.pricing import priced_on
 from simulator.registry import describe
 from simulator.result import Run
+from simulator.sources import package_sources, policy_sources
 from simulator.tallies.working_set import WINDOWS
 from tracer.errors import UserError
 from tracer.files.parts import part_path
@@ -70,21 +70,16 @@ def _text(value: Any) -> str:
 
 
 def fingerprint(identity: str, policies: Sequence[Any], hardware: str | None, trace: Trace) -> str:
-    """A hash of everything a run's figures follow from: trace, policies, machine, and this package's version.
+    """A hash of everything a run's figures follow from: trace, policies, machine, and this package's sources.
 
-    Of the user's own policies the file counts too, and of a trace to fit on its content, so that edited ones are run again.
+    Of the user's own policies the files count too, and of a trace to fit on its content, so that edited ones are run again.
     """
-    try:
-        package = version("moetrace")
-    except PackageNotFoundError:
-        package = "source"
-    told: list[Any] = [package, identity]
+    told: list[Any] = [package_sources(), identity]
     for policy in policies:
         module = sys.modules[type(policy).__module__]
         told.append([module.__name__.startswith("simulator."), describe(policy)])
-        source = getattr(module, "__file__", None)
-        if source is not None and not module.__name__.startswith("simulator."):
-            told.append(hashlib.sha256(Path(source).read_bytes()).hexdigest())
+        if getattr(module, "__file__", None) is not None and not module.__name__.startswith("simulator."):
+            told.append(policy_sources(module))
         if getattr(policy, "fit_on", None) is not None:
             told.append(trace_identity(open_trace(policy.fit_on)))
     if hardware is not None:

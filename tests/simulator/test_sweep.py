@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import product
 
 import polars as pl
@@ -164,6 +165,20 @@ def test_an_edited_policy_file_is_run_again(trace, tmp_path):
     policy.write_text(OWN_POLICY + "\n# Edited.\n")
     assert sweep(trace, residency=specs, out=out).computed == 2
     assert pl.read_parquet(out).height == 3
+
+
+@pytest.mark.parametrize("said", ["import mine_helper", "from mine_helper import NUMBER"])
+def test_an_edited_module_that_a_policy_file_imports_is_noticed(said, trace, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    policy, helper, out = tmp_path / "mine.py", tmp_path / "mine_helper.py", tmp_path / "r.parquet"
+    helper.write_text("NUMBER = 1\n")
+    policy.write_text(f"{said}\n{OWN_POLICY}")
+    try:
+        assert [sweep(trace, residency=[f"{policy}:budget=1"], out=out).computed for _ in range(2)] == [1, 0]
+        helper.write_text("NUMBER = 2\n")
+        assert sweep(trace, residency=[f"{policy}:budget=1"], out=out).computed == 1
+    finally:
+        del sys.modules["mine_helper"]
 
 
 def test_another_trace_to_fit_on_is_noticed_under_its_old_name(trace, tmp_path):
