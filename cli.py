@@ -220,7 +220,8 @@ def info(trace: TracePath, as_json: Json = False) -> None:
     if as_json:
         _print_json(facts)
         return
-    from analysis.terminal import facts_table, show
+    from analysis.tables import show
+    from analysis.terminal import facts_table
 
     show(facts_table(facts))
 
@@ -265,7 +266,8 @@ def replay(
 
     Example: moetrace replay first.trace --routing vanilla --routing dmoe:top_p=0.6 --residency tide:budget=16
     """
-    from analysis.terminal import run_table, show
+    from analysis.tables import show
+    from analysis.terminal import run_table
     from simulator.replay import replay as run_replay
     from simulator.residency.static import fitted
     from tracer.parquet import open_trace
@@ -309,7 +311,8 @@ def demo(
     Example: moetrace demo
     """
     from analysis.report import write_report
-    from analysis.terminal import run_table, show
+    from analysis.tables import show
+    from analysis.terminal import run_table
     from simulator.replay import replay as run_replay
     from tracer.capture import run_capture
     from tracer.capture_plan import DEMO_OPTIONS, demo_prompts, plan_capture
@@ -356,7 +359,8 @@ def consistency(
     Example: moetrace consistency first.trace --out charts.html
     """
     from analysis.metrics import consistency as measure
-    from analysis.terminal import headline_table, show
+    from analysis.tables import show
+    from analysis.terminal import headline_table
     from tracer.parquet import open_trace
 
     opened = open_trace(trace)
@@ -411,14 +415,16 @@ def diff(
     Example: moetrace diff first.trace second.trace
     """
     from analysis.diff import diff as compare
-    from analysis.terminal import frame_table, show
+    from analysis.tables import show
+    from analysis.terminal import frame_table
 
     result = compare(a, b)
     if as_json:
         _print_json(result.to_json())
         return
     columns = ("part", "figure", "a", "b", "difference")
-    show(frame_table(columns, ([row[column] for column in columns] for row in result.differing[:limit])))
+    rows = ([row[column] for column in columns] for row in result.differing[:limit])
+    show(frame_table(columns, rows, columns[:4], ("figure", "a", "b", "difference", "part"), 14))
     for note in result.notes:
         typer.echo(note)
     typer.echo(result.sentence())
@@ -441,7 +447,8 @@ def interval(
 
     Example: moetrace interval first.trace --budget 24 --hardware h100-pcie5 --out interval.html
     """
-    from analysis.terminal import frame_table, show
+    from analysis.tables import show
+    from analysis.terminal import INTERVAL_ORDER, frame_table
     from simulator.interval import find_interval
     from tracer.parquet import open_trace
 
@@ -458,7 +465,7 @@ def interval(
         return
     if not quiet:
         frame = result.frame
-        show(frame_table(frame.columns, frame.iter_rows()))
+        show(frame_table(frame.columns, frame.iter_rows(), INTERVAL_ORDER[:1], INTERVAL_ORDER))
         for note in result.notes:
             typer.echo(note)
     typer.echo(
@@ -483,7 +490,8 @@ def sweep(
 
     Example: moetrace sweep first.trace --residency "tide:budget=16|32,refresh_interval=1..8" --out results.parquet
     """
-    from analysis.terminal import frame_table, show
+    from analysis.tables import show
+    from analysis.terminal import SWEEP_COLUMNS, SWEEP_ORDER, frame_table
     from simulator.pareto import pareto
     from simulator.sweep import sweep as run_sweep
     from tracer.parquet import open_trace
@@ -505,16 +513,10 @@ def sweep(
         return
     if not quiet:
         columns = [name for name in SWEEP_COLUMNS if name in front.columns and front[name].null_count() < front.height]
-        show(frame_table(columns, front.select(columns).iter_rows()))
+        show(frame_table(columns, front.select(columns).iter_rows(), SWEEP_COLUMNS[:3], SWEEP_ORDER), str(result.path))
     typer.echo(
         f"{result.path}: {len(result.rows)} runs, {result.computed} computed now; {front.height} of them on the Pareto front"
     )
-
-
-SWEEP_COLUMNS = (
-    "routing", "residency", "hardware", "estimate", "unique_experts", "tokens_per_forward", "hit_rate", "bytes_to_gpu",
-    "cpu_tokens", "resident_bytes", "gate_retained", "latency_s", "tokens_per_s", "speedup",
-)  # fmt: skip
 
 
 @app.command()
@@ -532,7 +534,8 @@ def parallel(
 
     Example: moetrace parallel first.trace --gpus 4 --gpus 8 --routing vanilla --routing dmoe
     """
-    from analysis.terminal import parallel_table, show
+    from analysis.tables import show
+    from analysis.terminal import parallel_table
     from simulator.expert_placement import PLACEMENTS
     from simulator.parallel import parallel_runs
     from tracer.parquet import open_trace
@@ -565,7 +568,8 @@ def profile(
 
     Example: moetrace profile --out my.toml --gpu rtx-4090
     """
-    from analysis.terminal import frame_table, show
+    from analysis.tables import show
+    from analysis.terminal import frame_table
     from simulator.profile import write_profile
 
     with _bar("profile", not (as_json or quiet)) as on_step:
@@ -610,7 +614,8 @@ def policies(as_json: Json = False) -> None:
     """
     from dataclasses import asdict
 
-    from analysis.terminal import frame_table, show
+    from analysis.tables import show
+    from analysis.terminal import frame_table
     from simulator.registry import list_policies
 
     found = [(axis, policy) for axis in ("acceptance", "routing", "residency") for policy in list_policies(axis)]
@@ -621,7 +626,8 @@ def policies(as_json: Json = False) -> None:
     for axis, policy in found:
         named = ", ".join(k if v is None else f"{k}={v}" for k, v in policy.parameters.items())
         rows.append((axis, policy.name, policy.line, named, policy.source))
-    show(frame_table(("axis", "name", "what it does", "parameters", "source"), rows))
+    columns = ("axis", "name", "what it does", "parameters", "source")
+    show(frame_table(columns, rows, columns[:2], ("name", "axis", *columns[2:])))
 
 
 @app.command()
@@ -632,7 +638,8 @@ def models(as_json: Json = False) -> None:
     """
     from dataclasses import asdict
 
-    from analysis.terminal import frame_table, show
+    from analysis.tables import show
+    from analysis.terminal import frame_table
     from simulator.model_presets import load_model_spec, model_names
 
     specs = [load_model_spec(name) for name in model_names()]
@@ -640,7 +647,8 @@ def models(as_json: Json = False) -> None:
         _print_json([asdict(spec) for spec in specs])
         return
     columns = ("name", "num_layers", "num_experts", "top_k", "hidden_size", "moe_intermediate_size", "expert_bytes")
-    show(frame_table(columns, ([getattr(spec, column) for column in columns] for spec in specs)))
+    rows = ([getattr(spec, column) for column in columns] for spec in specs)
+    show(frame_table(columns, rows, columns[:1], columns, folds=0))
 
 
 @app.command()
@@ -651,7 +659,8 @@ def hardware(as_json: Json = False) -> None:
     """
     from dataclasses import asdict
 
-    from analysis.terminal import frame_table, show
+    from analysis.tables import show
+    from analysis.terminal import frame_table
     from simulator.presets import list_hardware
 
     found = list_hardware()

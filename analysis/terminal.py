@@ -1,16 +1,14 @@
-"""Tables for terminals, one function a verb; off a terminal they are as wide as they need to be."""
+"""What verbs show of their results, one function a table."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from analysis.curves import null_words
+from analysis.tables import TEXT, Column, Sheet
 
+RUN_KEYS = ("trace", "routing", "residency", "hardware")
 RUN_FIGURES = (
     "experts/layer",
     "tokens/forward",
@@ -22,24 +20,34 @@ RUN_FIGURES = (
     "tokens/s",
     "speed-up",
 )
+RUN_ORDER = (
+    "residency", "routing", "speed-up", "experts/layer", "tokens/forward", "hit rate", "tokens/s", "gate kept", "held",
+    "ms/forward", "to GPU", "hardware", "trace",
+)  # fmt: skip
+INTERVAL_ORDER = (
+    "refresh_interval", "latency_s", "slowdown", "objective", "hit_rate", "extra_misses", "bytes_to_gpu", "promotions",
+    "objective_memoryless", "expert_hit_rate", "extra_misses_memoryless", "bytes_to_host",
+)  # fmt: skip
+SWEEP_COLUMNS = (
+    "routing", "residency", "hardware", "estimate", "unique_experts", "tokens_per_forward", "hit_rate", "bytes_to_gpu",
+    "cpu_tokens", "resident_bytes", "gate_retained", "latency_s", "tokens_per_s", "speedup",
+)  # fmt: skip
+SWEEP_ORDER = (
+    "residency", "routing", "speedup", "latency_s", "hit_rate", "unique_experts", "tokens_per_forward", "gate_retained",
+    "resident_bytes", "tokens_per_s", "bytes_to_gpu", "cpu_tokens", "estimate", "hardware",
+)  # fmt: skip
 
 
-def show(table: Table) -> None:
-    """Print a table; in a pipe or a log file nothing is cut."""
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
-
-
-def facts_table(facts: Mapping[str, Any]) -> Table:
+def facts_table(facts: Mapping[str, Any]) -> Sheet:
     """Sections of named facts, as ``moetrace info`` has them."""
-    table = Table(show_header=False, box=None, pad_edge=False)
+    rows: list[Sequence[str]] = []
     for section, values in facts.items():
-        rows = values.items() if isinstance(values, Mapping) else [("", values)]
-        for index, (key, value) in enumerate(rows):
-            table.add_row(section if index == 0 else "", str(key), plain(value))
-    return table
+        named = values.items() if isinstance(values, Mapping) else [("", values)]
+        rows += [(section if index == 0 else "", str(key), plain(value)) for index, (key, value) in enumerate(named)]
+    return Sheet([Column("section"), Column("fact"), Column("value", folds=TEXT)], rows, head=False)
 
 
-def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> Table:
+def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> Sheet:
     """The figures people compare, one row a run, estimates in italics.
 
     Parameters
@@ -47,89 +55,97 @@ def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> 
     results : sequence
         (trace name, specs of each run as typed, ReplayResult).
     """
-    table = Table(box=None, pad_edge=False)
-    for name in ("trace", "routing", "residency", "hardware"):
-        table.add_column(name)
-    for name in RUN_FIGURES:
-        table.add_column(name, justify="right")
+    rows: list[Sequence[str]] = []
+    styles = []
     for trace, names, result in results:
         for specs, run in zip(names, result.to_json()["runs"], strict=True):
             summary = run["summary"]
             latency = summary["latency_s"]
-            table.add_row(
-                trace,
-                *specs,
-                run["hardware"] or "-",
-                figure(summary["unique_experts"], 2),
-                figure(summary["tokens_per_forward"], 2),
-                f"{summary['resident_bytes'] / 1e6:.1f} MB",
-                percent(summary["hit_rate"]),
-                f"{summary['bytes_to_gpu'] / 1e6:.1f} MB",
-                percent(summary["gate_retained"]),
-                "-" if latency is None else f"{latency / max(summary['forwards'], 1) * 1e3:.3f}",
-                figure(summary["tokens_per_s"], 0),
-                figure(summary["speedup"], 2),
-                style="italic" if run["estimate"] else None,
+            rows.append(
+                (
+                    trace,
+                    *specs,
+                    run["hardware"] or "-",
+                    figure(summary["unique_experts"], 2),
+                    figure(summary["tokens_per_forward"], 2),
+                    f"{summary['resident_bytes'] / 1e6:.1f} MB",
+                    percent(summary["hit_rate"]),
+                    f"{summary['bytes_to_gpu'] / 1e6:.1f} MB",
+                    percent(summary["gate_retained"]),
+                    "-" if latency is None else f"{latency / max(summary['forwards'], 1) * 1e3:.3f}",
+                    figure(summary["tokens_per_s"], 0),
+                    figure(summary["speedup"], 2),
+                )
             )
-    return table
+            styles.append("italic" if run["estimate"] else None)
+    columns = [Column(name, folds=TEXT) for name in RUN_KEYS] + [Column(name, right=True) for name in RUN_FIGURES]
+    return Sheet(columns, rows, RUN_KEYS, RUN_ORDER, styles)
 
 
-def headline_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+def headline_table(rows: Iterable[Mapping[str, Any]]) -> Sheet:
     """Consistency figures with their interval and the null hardest to beat."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("figure")
-    for name in ("value", "95% interval", "null", "beats it"):
-        table.add_column(name, justify="right")
-    table.add_column("null is")
+    found: list[Sequence[str]] = []
     for row in rows:
         low, high = row["low"], row["high"]
         beats = row["beats_null"]
-        table.add_row(
-            row["figure"],
-            figure(row["value"], 3),
-            "-" if low is None else f"{low:.3f} .. {high:.3f}",
-            figure(row["null"], 3),
-            "-" if beats is None else "yes" if beats else "no",
-            null_words(row["frame"], row["null_name"]) if row["null_name"] else "-",
+        found.append(
+            (
+                row["figure"],
+                figure(row["value"], 3),
+                "-" if low is None else f"{low:.3f} .. {high:.3f}",
+                figure(row["null"], 3),
+                "-" if beats is None else "yes" if beats else "no",
+                null_words(row["frame"], row["null_name"]) if row["null_name"] else "-",
+            )
         )
-    return table
+    figures = [Column(name, right=True) for name in ("value", "95% interval", "null", "beats it")]
+    columns = [Column("figure", folds=TEXT), *figures, Column("null is", folds=TEXT)]
+    order = ("figure", "value", "null", "95% interval", "beats it", "null is")
+    return Sheet(columns, found, ("figure",), order)
 
 
-def parallel_table(specs: Iterable[str], runs: Iterable[Mapping[str, Any]], kinds: str = "") -> Table:
+def parallel_table(specs: Iterable[str], runs: Iterable[Mapping[str, Any]], kinds: str = "") -> Sheet:
     """Loads of expert-parallel groups, one row a group, estimates in italics; megabytes of weights read a forward and layer.
 
     ``specs`` are the routing policies as typed, ``kinds`` the suffix of the figures to show.
     """
-    table = Table(box=None, pad_edge=False)
-    table.add_column("routing")
-    table.add_column("GPUs", justify="right")
-    table.add_column("placement")
-    for name in ("imbalance", "busy", "MB a GPU", "MB the fullest"):
-        table.add_column(name, justify="right")
+    rows: list[Sequence[str]] = []
+    styles = []
     for spec, run in zip(specs, runs, strict=True):
         sizes = [run[f"{key}{kinds}"] for key in ("mean_bytes", "max_bytes")]
-        table.add_row(
-            spec,
-            str(run["gpus"]),
-            run["placement"],
-            figure(run[f"imbalance{kinds}"], 2),
-            percent(run[f"busy{kinds}"]),
-            *(figure(None if size is None else size / 1e6, 2) for size in sizes),
-            style="italic" if run["estimate"] else None,
+        rows.append(
+            (
+                spec,
+                str(run["gpus"]),
+                run["placement"],
+                figure(run[f"imbalance{kinds}"], 2),
+                percent(run[f"busy{kinds}"]),
+                *(figure(None if size is None else size / 1e6, 2) for size in sizes),
+            )
         )
-    return table
+        styles.append("italic" if run["estimate"] else None)
+    figures = [Column(name, right=True) for name in ("imbalance", "busy", "MB a GPU", "MB the fullest")]
+    columns = [Column("routing", folds=TEXT), Column("GPUs", right=True), Column("placement"), *figures]
+    keys = ("routing", "GPUs", "placement")
+    order = (*keys[::-1], "imbalance", "busy", "MB the fullest", "MB a GPU")
+    return Sheet(columns, rows, keys, order, styles)
 
 
-def frame_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """Any small table; numbers to the right."""
-    table = Table(box=None, pad_edge=False)
-    rows = list(rows)
+def frame_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    keys: Sequence[str] = (),
+    order: Sequence[str] = (),
+    folds: int = TEXT,
+) -> Sheet:
+    """Any small table; numbers to the right, texts folded to ``folds`` cells. ``keys`` and ``order`` as of a ``Sheet``."""
+    values = list(rows)
+    made = []
     for index, name in enumerate(columns):
-        numeric = bool(rows) and isinstance(rows[0][index], int | float)
-        table.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(plain(value) for value in row))
-    return table
+        given = [row[index] for row in values if row[index] is not None]
+        numbers = bool(given) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in given)
+        made.append(Column(name, right=numbers, folds=0 if numbers else folds))
+    return Sheet(made, [[plain(value) for value in row] for row in values], keys, order)
 
 
 def plain(value: Any) -> str:
@@ -137,7 +153,7 @@ def plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return "-" if value is None else str(value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import polars as pl
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from analysis.tables import laid_out
 from cli import app
 from tracer.check import check
 from tracer.parquet import open_trace
@@ -342,3 +345,54 @@ def test_sweep_goes_on_where_it_stopped(trace, tmp_path):
 
 def test_import_of_an_unknown_format(tmp_path):
     assert "bigmoe" in refused("import", "csv", tmp_path / "a.csv", "--out", tmp_path / "a.trace")
+
+
+def test_tables_fit_their_terminal_with_every_figure_whole(trace, tmp_path, monkeypatch):
+    grid = ("--residency", "tide:budget=16,refresh_interval=2..4", "--hardware", "h100-pcie5")
+    shown = []
+    monkeypatch.setattr("analysis.tables.show", lambda sheet, *_: shown.append(sheet))
+    for call in (
+        ("interval", trace, "--budget", 16),
+        (
+            "replay",
+            trace,
+            "--residency",
+            "tide:budget=16",
+            "--hardware",
+            "h100-pcie5",
+            "--routing",
+            "team:speculate=false",
+        ),
+        ("sweep", trace, *grid, "--routing", "dmoe:top_p=0.4|0.8", "--out", tmp_path / "results.parquet"),
+        ("consistency", trace),
+        ("parallel", trace, "--routing", "dmoe:top_p=0.4,min_experts=12"),
+        ("policies",),
+        ("models",),
+        ("hardware",),
+        ("info", trace),
+    ):
+        result = run(*call)
+        assert result.exit_code == 0, (call, result.output, result.exception)
+        assert shown
+        for sheet in shown:
+            for width in (80, 100, 140, None):
+                table, wide, below = laid_out(sheet, width)
+                assert width is None or wide <= width, (call, width, wide)
+                console = Console(width=wide, file=StringIO(), record=True, highlight=False)
+                console.print(table)
+                text, left = console.export_text(), "\n".join(below)
+                assert "…" not in text
+                for index, column in enumerate(sheet.columns):
+                    if not column.folds and f" {column.name}" not in left:
+                        assert all(row[index] in text for row in sheet.rows), (call, width, column.name)
+        shown.clear()
+
+
+def test_a_narrow_pipe_has_narrow_tables(trace, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("interval", trace, "--budget", 16).stdout.splitlines()
+    rows = [line for line in lines if line[:40].strip()[:1].isdigit()]
+    assert rows and all(len(line) <= 80 for line in rows)
+    assert any(line.startswith("Left out of 80 columns: ") and "--json has" in line for line in lines)
+    monkeypatch.delenv("COLUMNS")
+    assert "Left out" not in run("interval", trace, "--budget", 16).stdout
