@@ -44,8 +44,8 @@ class Trajectory:
     ``forwards`` are the recorded ones). ``reused`` rows keep their previous output: no router, no expert. ``cold`` rows are
     restricted to what the others use (TEAM). ``notes`` and ``bounds`` go to the summary: bounds are sums over the segment,
     ``{"accepted": (lo, hi), "denoise_forwards": (lo, hi)}``, first the scenario of the fewest tokens per forward, then
-    that of the most; ``tokens_per_forward`` lies between the two quotients. ``bound_rows`` are the rows whose recorded
-    experts make the lower and the upper bound of a forward's unique experts.
+    that of the most; ``tokens_per_forward`` lies between the two quotients. ``bound_rows`` are the rows
+    whose selected experts make the lower bound of a forward's unique experts, and those whose recorded ones make the upper.
     """
 
     forwards: ForwardTable

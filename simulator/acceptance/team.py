@@ -22,12 +22,15 @@ from simulator.speculation.recorded_team import quotas_of, recorded_team, record
 from simulator.speculation.simulated import Walk, simulated_trajectory
 from simulator.speculation.walk import BRANCHES, fewest_forwards, row_states, walk
 from tracer.errors import UserError
-from tracer.schema import DENOISE
 from tracer.trace import Segment
 
 SURROGATE = (
-    "Speculated states take predictions and router rows from the latest vanilla step whose known tokens they contain; "
-    "the bounds hold at vanilla's own states, which a live run may leave."
+    "Speculated states take predictions and router rows from the latest vanilla step whose known tokens they contain."
+)
+BOUNDS = (
+    "Bounds: tokens per forward from no guess held (vanilla) to every guess right that vanilla's own states allow, widened to "
+    "the replay's own figure in blocks where it leaves those states; unique experts from branch 0's, cold rows left out, to "
+    "all branches' without limit. A live run may leave either."
 )
 LAST_STEP = (
     "Tokens accepted by a block's last step have no forward as real tokens in this trace (no commit forward); "
@@ -131,6 +134,23 @@ class TeamAcceptance:
     def _simulated(self, segment: Segment, geometry: Geometry, table: BlockTable) -> Trajectory:
         walked = self._walk(geometry, table)
         trajectory, cold, stand_in = simulated_trajectory(segment, table, walked, self.reuse)
+        computed = np.ones(trajectory.forwards.num_rows, bool) if trajectory.reused is None else ~trajectory.reused
+        return replace(
+            trajectory,
+            cold=cold if self.limit else None,
+            notes=(SURROGATE, BOUNDS, LAST_STEP) if stand_in else (SURROGATE, BOUNDS),
+            bounds=self._token_bounds(segment, table, walked),
+            bound_rows=(computed & (trajectory.branch == 0) & ~cold, computed),
+        )
+
+    def _token_bounds(self, segment: Segment, table: BlockTable, walked: Walk) -> dict[str, tuple[int, int]]:
+        """Tokens and forwards of the scenarios with the fewest and with the most tokens per forward.
+
+        No guess holds: vanilla. Every guess holds that may: :func:`fewest_forwards`, which stays at vanilla's states. With a
+        quota above 1, another threshold or quota than the run's, or a block cut short, the walk leaves them and may do better
+        or worse; such a block counts with the walk's own figures on that side. Summed by block, whatever the segments.
+        """
+        blocks = len(table.commit)
         fewest = fewest_forwards(
             table.offsets,
             table.known.view(np.uint8),
@@ -139,16 +159,14 @@ class TeamAcceptance:
             table.predicted,
             table.confidence,
         )
-        of_denoise = segment.forwards.kind == DENOISE
-        accepted = int(segment.forwards.num_accepted[of_denoise].sum())
-        computed = np.ones(trajectory.forwards.num_rows, bool) if trajectory.reused is None else ~trajectory.reused
-        return replace(
-            trajectory,
-            cold=cold if self.limit else None,
-            notes=(SURROGATE, LAST_STEP) if stand_in else (SURROGATE,),
-            bounds={"accepted": (accepted, accepted), "denoise_forwards": (int(of_denoise.sum()), int(fewest.sum()))},
-            bound_rows=(computed & (trajectory.branch == 0) & ~cold, computed),
-        )
+        accepted, gained = np.zeros((2, blocks), np.int64)
+        np.add.at(accepted, table.block_of_step, segment.forwards.num_accepted[table.forward])
+        np.add.at(gained, walked.block, walked.gained)
+        vanilla, own = np.diff(table.offsets), np.bincount(walked.block, minlength=blocks)
+        return {
+            "accepted": (int(np.minimum(accepted, gained).sum()), int(np.maximum(accepted, gained).sum())),
+            "denoise_forwards": (int(np.maximum(vanilla, own).sum()), int(np.minimum(fewest, own).sum())),
+        }
 
     def _walk(self, geometry: Geometry, table: BlockTable) -> Walk:
         width = table.row.shape[1]

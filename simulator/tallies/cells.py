@@ -22,7 +22,7 @@ class RoutedCells:
     """What a routing policy asks for in a segment, [F, L] each.
 
     ``kept`` and ``vanilla`` are gate weights of the recorded experts: those still selected, and all; NaN without weights.
-    ``lower`` and ``upper`` are scenario bounds of ``unique``, None where the trajectory has none.
+    ``lower`` and ``upper`` are scenario bounds of ``unique``, see ``Trajectory.bound_rows``; None where it has none.
     """
 
     present: np.ndarray  # bool
@@ -125,9 +125,10 @@ def fill_routed(
         )
     _retain(cells, at, layer, selection, trajectory, num_experts, kept)
     if trajectory.bound_rows is not None and cells.lower is not None and cells.upper is not None:
-        ids = np.ascontiguousarray(layer.expert_ids)
-        for column, rows in zip((cells.lower, cells.upper), trajectory.bound_rows, strict=True):
-            column[:, at] = unique_experts(ids, layer.count, forwards.row_offsets, num_experts, rows)
+        bounds = zip((cells.lower, cells.upper), (selection, layer), trajectory.bound_rows, strict=True)
+        for column, chosen, rows in bounds:
+            ids = np.ascontiguousarray(chosen.expert_ids)
+            column[:, at] = unique_experts(ids, chosen.count, forwards.row_offsets, num_experts, rows)
 
 
 def _retain(

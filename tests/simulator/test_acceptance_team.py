@@ -162,6 +162,15 @@ def naive_fewest(entry):
     return fewest[len(steps)]
 
 
+def naive_bounds(entry, forwards):
+    """A block's (tokens, forwards) at the fewest and the most tokens a forward, ``forwards`` being the simulated ones."""
+    vanilla, own = sum(len(step["accepted"]) for step in entry["steps"]), sum(f["gained"] for f in forwards)
+    return [
+        (min(vanilla, own), max(len(entry["steps"]), len(forwards))),
+        (max(vanilla, own), min(naive_fewest(entry), len(forwards))),
+    ]
+
+
 def naive_team(segment, block_length, policy, threshold, quota):
     """Every forward of the trajectory in order: a dict of the recorded forward it is like, its kind and its rows."""
     forwards, tokens = segment.forwards, segment.tokens
@@ -213,12 +222,12 @@ def assert_simulated(segment, where, policy, threshold, quota):
     assert (trajectory.cold.tolist() if policy.limit else [False] * len(rows)) == cold
     masked_rows = np.concatenate(([0], np.cumsum(masked)))
     assert forwards.num_masked.tolist() == np.diff(masked_rows[forwards.row_offsets]).tolist()
-    denoise = recorded.kind == DENOISE
-    accepted = int(recorded.num_accepted[denoise].sum())
-    fewest = sum(naive_fewest(entry) for entry in naive_blocks(segment, where.block_length).values())
+    blocks = naive_blocks(segment, where.block_length).values()
+    ends = [naive_bounds(entry, naive_block(entry, policy, threshold, quota)) for entry in blocks]
+    lowest, highest = (tuple(sum(block[end][i] for block in ends) for i in (0, 1)) for end in (0, 1))
     assert trajectory.bounds == {
-        "accepted": (accepted, accepted),
-        "denoise_forwards": (int(denoise.sum()), fewest),
+        "accepted": (lowest[0], highest[0]),
+        "denoise_forwards": (lowest[1], highest[1]),
     }
     lower, upper = trajectory.bound_rows
     assert upper.tolist() == [not r for r in reused]

@@ -17,6 +17,7 @@ from simulator.registry import load_policy, policy_names
 from simulator.replay import replay
 from simulator.streams.gather import gather_layer
 from tests.builders import block_run, router
+from tests.simulator.routing_cases import runs, seeds, specs, unrouted, with_layers
 from tests.simulator.traces import MemoryTrace, meta_of, random_trace
 from tracer.errors import UserError
 from tracer.schema import PREFILL
@@ -214,6 +215,41 @@ def test_odd_traces_have_an_answer_under_every_policy(odd):
             assert summary["unique_experts_all_forwards"] > 0
         if odd == "one forward" and run["acceptance"]["name"] == "recorded":
             assert summary["forwards"] == 1
+
+
+# Bounds come with simulated forwards, so from policies that bring an acceptance policy along.
+SIMULATES = [n for n in policy_names("routing") if hasattr(load_policy("routing", n), "acceptance")]
+# Other thresholds and quotas than the run's, rows that are cold at once.
+BOUNDED = [
+    "team:hot_distance=1,hot_probability=1.0",
+    "team:reuse=false,threshold=0.3",
+    "team:quota=3",
+    "team:limit=false",
+]
+
+
+@pytest.mark.parametrize("name", [*SIMULATES, *BOUNDED])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_scenario_bounds_enclose_the_replayed_figure(name, data):
+    spec = data.draw(specs())
+    segment, where = data.draw(runs(spec=spec))
+    if data.draw(st.booleans()):
+        segment = with_layers(segment, unrouted(np.random.default_rng(data.draw(seeds))))
+    meta = meta_of(dict.fromkeys(segment.layers, spec), block_length=where.block_length)
+    steps = data.draw(st.integers(1, where.block_length + 1))
+    meta.decoding.update(steps=steps, threshold=data.draw(st.sampled_from([0.3, 0.9, 1.0])), mask_id=1, loop="sdar")
+    first_block = dict.fromkeys(segment.forwards.request_id.tolist(), 0)
+    (run,) = replay(MemoryTrace(meta, first_block, [segment]), [name]).runs
+    for figure, (low, high) in (run.bounds or {}).items():
+        assert low <= run.summary[figure] <= high
+
+
+@pytest.mark.parametrize("name", [*SIMULATES, *BOUNDED])
+def test_speculation_has_bounds(name):
+    (run,) = replay(decoded(5), [name]).runs
+    assert set(run.bounds) == {"tokens_per_forward", "unique_experts"}
+    assert sum(note.startswith("Bounds:") for note in run.notes) == 1
 
 
 NEEDS = [(axis, n) for axis in ("routing", "residency") for n in policy_names(axis) if load_policy(axis, n).requires]

@@ -18,7 +18,7 @@ from simulator.policy import Selection, Trajectory
 from simulator.presets import load_hardware
 from simulator.replay import replay
 from simulator.runs import memory_notes
-from tests.simulator.naive_replay import LAYERS, E, mean, naive_cells, naive_forwards, naive_summary
+from tests.simulator.naive_replay import LAYERS, E, mean, naive_cells, naive_choice, naive_forwards, naive_summary
 from tests.simulator.traces import joined, random_trace
 from tracer.errors import UserError
 from tracer.schema import DENOISE, KINDS
@@ -186,8 +186,9 @@ def test_simulated_forwards_are_numbered_anew_and_carry_bounds():
     assert other.bounds["tokens_per_forward"] == [2 / 4, 8 / 4]
     calls = naive_forwards(trace, EveryOther())
     steps = [(c, n) for c in calls if c["kind"] == DENOISE for n in LAYERS if c["present"][n]]
-    bounds = [mean(len({e for t in c["bounds"][i] for e, _ in c["experts"][n][t]}) for c, n in steps) for i in (0, 1)]
-    assert other.bounds["unique_experts"] == bounds
+    lower = mean(len({e for t in c["bounds"][0] for e in naive_choice(c, n, 1)[t]}) for c, n in steps)
+    upper = mean(len({e for t in c["bounds"][1] for e, _ in c["experts"][n][t]}) for c, n in steps)
+    assert other.bounds["unique_experts"] == [lower, upper]
     ran = result.forwards.filter(pl.col("run") == 1)
     assert ran["kind"].to_list() == [KINDS[c["kind"]] for c in calls for _ in c["parts"]]
     assert ran["num_tokens"].to_list() == [len(p["rows"]) for c in calls for p in c["parts"]]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from simulator.acceptance.team import TeamAcceptance
 from simulator.policy import ACTIVE, CONFIDENCE, SCORES, TOKENS
 from simulator.registry import load_policy
+from simulator.replay import replay
 from simulator.routing.team import Team
 from simulator.routing.vanilla import Vanilla
 from simulator.streams.gather import gather_layer
@@ -29,7 +30,9 @@ from tests.simulator.routing_cases import (
     with_layers,
 )
 from tests.simulator.test_kernels import naive_choose
+from tests.simulator.traces import MemoryTrace, meta_of
 from tracer.errors import UserError
+from tracer.schema import DENOISE
 
 
 def naive_team(layer, offsets, reused, cold, reselect):
@@ -52,6 +55,24 @@ def naive_team(layer, offsets, reused, cold, reselect):
                     return None
                 rows[t] = naive_choose(layer.router_scores[t], inside, layer.router)
     return rows
+
+
+def naive_unique(layer, chosen, trajectory):
+    """Of every forward (lower bound, figure, upper bound) of its unique experts; ``chosen`` as :func:`naive_team` has it.
+
+    The lower one is what branch 0 uses, cold rows left out; the upper what all computed rows were recorded with.
+    """
+    offsets, found = trajectory.forwards.row_offsets, []
+    for f in range(len(offsets) - 1):
+        lower, figure, upper = set(), set(), set()
+        for t in range(offsets[f], offsets[f + 1]):
+            figure |= set(chosen[t][0])
+            if trajectory.reused is None or not trajectory.reused[t]:
+                upper |= set(layer.expert_ids[t, : layer.count[t]].tolist())
+            if trajectory.branch[t] == 0 and not (trajectory.cold is not None and trajectory.cold[t]):
+                lower |= set(chosen[t][0])
+        found.append((len(lower), len(figure), len(upper)))
+    return found
 
 
 def check(policy, segment, where, trajectory):
@@ -85,6 +106,33 @@ def test_cold_rows_choose_among_what_the_others_use(run, policy, seed, active):
     if active:
         segment = active_only(segment)
     check(policy, segment, where, policy.acceptance().unroll(segment, where))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.builds(Team, hot_distance=st.integers(1, 2), **switches), seeds)
+def test_bounds_of_unique_experts_enclose_them_in_every_forward(data, policy, seed):
+    spec = data.draw(specs())
+    segment, where = data.draw(runs(spec=spec))
+    segment = with_layers(segment, unrouted(np.random.default_rng(seed)))
+    trajectory = policy.acceptance().unroll(segment, where)
+    none = np.zeros(len(trajectory.position), bool)
+    reused, cold = (none if rows is None else rows for rows in (trajectory.reused, trajectory.cold))
+    denoise, counted = trajectory.forwards.kind == DENOISE, []
+    for number in segment.layers:
+        layer = gather_layer(segment.layer(number, True), segment.forwards, trajectory)
+        chosen = naive_team(layer, trajectory.forwards.row_offsets, reused, cold, True)
+        found = naive_unique(layer, chosen, trajectory)
+        assert all(lower <= figure <= upper for lower, figure, upper in found)
+        if spec.topk_group >= spec.n_group:
+            # Without groups rows that are not cold keep their experts, so branch 0's recorded ones are the bound.
+            recorded_ids = [layer.expert_ids[t, : layer.count[t]].tolist() for t in range(len(none))]
+            kept = [([], []) if reused[t] or cold[t] else (ids, ids) for t, ids in enumerate(recorded_ids)]
+            assert [row[0] for row in naive_unique(layer, kept, trajectory)] == [row[0] for row in found]
+        counted += [row for row, yes in zip(found, denoise, strict=True) if yes]
+    meta = meta_of(dict.fromkeys(segment.layers, spec), block_length=where.block_length)
+    (run,) = replay(MemoryTrace(meta, {}, [segment]), [policy]).runs
+    lower, figure, upper = (sum(column) / len(counted) for column in zip(*counted, strict=True))
+    assert run.bounds["unique_experts"] == [lower, upper] and run.summary["unique_experts"] == figure
 
 
 @settings(max_examples=60, deadline=None)
