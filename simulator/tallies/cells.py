@@ -125,10 +125,11 @@ def fill_routed(
         )
     _retain(cells, at, layer, selection, trajectory, num_experts, kept)
     if trajectory.bound_rows is not None and cells.lower is not None and cells.upper is not None:
-        bounds = zip((cells.lower, cells.upper), (selection, layer), trajectory.bound_rows, strict=True)
-        for column, chosen, rows in bounds:
-            ids = np.ascontiguousarray(chosen.expert_ids)
-            column[:, at] = unique_experts(ids, chosen.count, forwards.row_offsets, num_experts, rows)
+        lower, upper = trajectory.bound_rows
+        used = (selection.expert_ids, selection.count, lower), (layer.expert_ids, layer.count, upper)
+        for column, (ids, count, rows) in zip((cells.lower, cells.upper), used, strict=True):
+            ids = np.ascontiguousarray(ids)
+            column[:, at] = unique_experts(ids, count, forwards.row_offsets, num_experts, rows)
 
 
 def _retain(
