@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import contextmanager
 from itertools import product
@@ -160,10 +159,12 @@ def capture(
 
     Example: moetrace capture demo:llada2 --out first.trace --prompt "def main(" --level scores
     """
+    from analysis.destinations import destination
     from tracer.capture import run_capture
     from tracer.capture_plan import CaptureOptions, plan_capture
     from tracer.prompts import gather_prompts
 
+    destination(out, "trace", force, resume)
     options = CaptureOptions(
         level=level,
         loop=loop,
@@ -194,6 +195,14 @@ def capture(
         typer.echo(result.sentence)
     if result.interrupted:
         raise typer.Exit(130)
+
+
+def _write_page(out: Path, **contents) -> Path:
+    from analysis.destinations import make_parents
+    from analysis.report import write_report
+
+    make_parents(out)
+    return write_report(out, **contents)
 
 
 def _run_capture(run_capture, plan, shown: bool):
@@ -266,12 +275,15 @@ def replay(
 
     Example: moetrace replay first.trace --routing vanilla --routing dmoe:top_p=0.6 --residency tide:budget=16
     """
+    from analysis.destinations import destination
     from analysis.tables import show
     from analysis.terminal import run_table
     from simulator.replay import replay as run_replay
     from simulator.residency.static import fitted
     from tracer.parquet import open_trace
 
+    if out is not None:
+        destination(out, "replay", force)
     opened = open_trace(trace)
     residency = fitted(residency, fit) if fit is not None else residency
     names = [(one, other) for one, other, _ in product(routing, residency, hardware or [""])]
@@ -310,6 +322,7 @@ def demo(
 
     Example: moetrace demo
     """
+    from analysis.destinations import new_folder
     from analysis.report import write_report
     from analysis.tables import show
     from analysis.terminal import run_table
@@ -319,7 +332,7 @@ def demo(
     from tracer.parquet import open_trace
 
     shown = not (as_json or quiet)
-    folder = _new_folder(out)
+    folder = new_folder(out, DEMO_FOLDER)
     traces, results = [], []
     for name in ("llada2", "sdar"):
         path = folder / f"{name}.trace"
@@ -358,19 +371,18 @@ def consistency(
 
     Example: moetrace consistency first.trace --out charts.html
     """
+    from analysis.destinations import destination
     from analysis.metrics import consistency as measure
     from analysis.tables import show
     from analysis.terminal import headline_table
     from tracer.parquet import open_trace
 
+    if out is not None:
+        destination(out, "file", force)
     opened = open_trace(trace)
     with _bar("consistency", not (as_json or quiet), opened.num_forwards) as on_segment:
         result = measure(opened, progress=on_segment)
-    page = None
-    if out is not None:
-        from analysis.report import write_report
-
-        page = write_report(out, traces=[opened], consistency=[result], force=force)
+    page = None if out is None else _write_page(out, traces=[opened], consistency=[result], force=force)
     if as_json:
         _print_json(result.to_json())
         return
@@ -392,14 +404,15 @@ def report(
 
     Example: moetrace report first.trace result --out report.html
     """
-    from analysis.report import write_report
+    from analysis.destinations import destination
     from analysis.summary import read_replay
     from tracer.parquet import open_trace
 
+    destination(out, "file", force)
     results = [path for path in sources if (path / "replay.json").is_file()]
     traces = [open_trace(path) for path in sources if path not in results]
     with _bar("report", not quiet):
-        page = write_report(out, traces=traces, results=[read_replay(path) for path in results], force=force)
+        page = _write_page(out, traces=traces, results=[read_replay(path) for path in results], force=force)
     typer.echo(str(page) if quiet else f"The report is {page.resolve()}")
 
 
@@ -447,19 +460,19 @@ def interval(
 
     Example: moetrace interval first.trace --budget 24 --hardware h100-pcie5 --out interval.html
     """
+    from analysis.destinations import destination
     from analysis.tables import show
     from analysis.terminal import INTERVAL_ORDER, frame_table
     from simulator.interval import find_interval
     from tracer.parquet import open_trace
 
+    if out is not None:
+        destination(out, "file", force)
     with _bar("interval", not (as_json or quiet)) as on_segment:
         opened = open_trace(trace)
         result = find_interval(opened, budget, hardware, copy_back, progress=on_segment)
-    page = None
-    if out is not None:
-        from analysis.report import write_report
-
-        page = write_report(out, traces=[opened], consistency=[None], intervals=[result], force=force)
+    found = {"traces": [opened], "consistency": [None], "intervals": [result]}
+    page = None if out is None else _write_page(out, **found, force=force)
     if as_json:
         _print_json(result.to_json())
         return
@@ -490,12 +503,14 @@ def sweep(
 
     Example: moetrace sweep first.trace --residency "tide:budget=16|32,refresh_interval=1..8" --out results.parquet
     """
+    from analysis.destinations import destination
     from analysis.tables import show
     from analysis.terminal import SWEEP_COLUMNS, SWEEP_ORDER, frame_table
     from simulator.pareto import pareto
     from simulator.sweep import sweep as run_sweep
     from tracer.parquet import open_trace
 
+    destination(out, "results", force)
     with _bar("sweep", not (as_json or quiet)) as on_segment:
         result = run_sweep(
             open_trace(trace),
@@ -568,10 +583,13 @@ def profile(
 
     Example: moetrace profile --out my.toml --gpu rtx-4090
     """
+    from analysis.destinations import destination, make_parents
     from analysis.tables import show
     from analysis.terminal import frame_table
     from simulator.profile import write_profile
 
+    destination(out, "file", force)
+    make_parents(out)
     with _bar("profile", not (as_json or quiet)) as on_step:
         measured = write_profile(out, force=force, progress=on_step, gpu=gpu)
     if as_json:
@@ -597,9 +615,11 @@ def import_trace(
     """
     from importlib import import_module
 
+    from analysis.destinations import destination
     from tracer.errors import UserError
     from tracer.importers import FORMATS
 
+    destination(out, "trace", force)
     if format not in FORMATS:
         raise UserError(f"There is no importer for '{format}'; there are {', '.join(FORMATS)}.")
     decisions = getattr(import_module(f"tracer.importers.{format}"), f"import_{format}")(source, out, force=force)
@@ -672,26 +692,7 @@ def hardware(as_json: Json = False) -> None:
 
 DEMO_ROUTING = ["vanilla", "team", "dmoe"]
 DEMO_RESIDENCY = ["all_resident", "lru:budget=24", "tide:budget=24,refresh_interval=4"]
-
-
-def _new_folder(out: Path | None) -> Path:
-    from tracer.errors import UserError
-
-    if out is None:
-        out = next(
-            path
-            for path in (Path(f"moetrace-demo{f'-{n}' if n > 1 else ''}") for n in range(1, 10**6))
-            if not path.exists()
-        )
-    elif out.exists():
-        raise UserError(f"{out} is already there; name another folder with --out.")
-    try:
-        out.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be made: {os.strerror(error.errno or 0)}; name another folder with --out."
-        ) from None
-    return out
+DEMO_FOLDER = "moetrace-demo"
 
 
 if __name__ == "__main__":
