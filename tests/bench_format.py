@@ -44,13 +44,19 @@ class Kept:
     def add_request(self, row):
         self.calls.append(("add_request", (row,)))
 
-    def write(self, path, weights):
+    def without_weights(self):
+        calls = []
+        for method, arguments in self.calls:
+            if method == "add_call":
+                parts, tokens, routing = arguments
+                bare = {layer: {"expert_ids": cell["expert_ids"]} for layer, cell in routing.items()}
+                arguments = parts, tokens, bare
+            calls.append((method, arguments))
+        return calls
+
+    def write(self, path, calls):
         with TraceWriter(path, self.meta, force=True) as writer:
-            for method, arguments in self.calls:
-                if method == "add_call" and not weights:
-                    parts, tokens, routing = arguments
-                    bare = {layer: {"expert_ids": cell["expert_ids"]} for layer, cell in routing.items()}
-                    arguments = parts, tokens, bare
+            for method, arguments in calls:
                 getattr(writer, method)(*arguments)
 
 
@@ -142,7 +148,7 @@ def test_bytes_on_disk(temporal, compact, shape, tmp_path, benchmark, capsys):
 def test_speed(kept, weights, tmp_path, benchmark, capsys):
     shape, calls = kept
     path = tmp_path / "a.trace"
-    write = best(calls.write, path, weights)
+    write = best(calls.write, path, calls.calls if weights else calls.without_weights())
     decisions = open_trace(path).num_decisions
     read = best(read_back, path, weights)
     benchmark.pedantic(read_back, (path, weights), rounds=3)
