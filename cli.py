@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from analysis.progress import bar, with_bar
 
 
 class Verbs(TyperGroup):
@@ -55,6 +55,10 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+HARDWARE = (
+    "NAME, FILE.toml or NAME:key=value,... with other parts (gpu, cpu, dram, nvme, line), as line=sglang, or overlap=true or "
+    "host_gib=GIB; moetrace hardware lists them."
+)
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 TracePath = Annotated[Path, typer.Argument(help="A trace folder.", metavar="TRACE")]
@@ -69,39 +73,6 @@ def main(
 
         typer.echo(f"moetrace {installed('moetrace')}")
         raise typer.Exit()
-
-
-@contextmanager
-def _progress(shown: bool, *extra: str):
-    """A progress bar on stderr with rate and time left; ``extra`` names further fields shown after it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        *(TextColumn("{task.fields[" + name + "]}") for name in extra),
-    ]
-    with Progress(*columns, console=Console(stderr=True), disable=not (shown and sys.stderr.isatty())) as progress:
-        yield progress
-
-
-@contextmanager
-def _bar(name: str, shown: bool, calls: int | None = None):
-    """A bar over model calls; yields the callback ``(done, total)`` that moves it."""
-    with _progress(shown) as progress:
-        bar = progress.add_task(name, total=calls)
-        yield lambda done, total=calls: progress.update(bar, completed=done, total=total)
 
 
 def _count(number: int, noun: str) -> str:
@@ -188,7 +159,7 @@ def capture(
     shown = not (as_json or quiet)
     if shown:
         typer.echo(plan.sentence, err=True)
-    result = _run_capture(run_capture, plan, shown)
+    result = with_bar(run_capture, plan, shown)
     if as_json:
         _print_json(result.to_json())
     else:
@@ -203,17 +174,6 @@ def _write_page(out: Path, **contents) -> Path:
 
     make_parents(out)
     return write_report(out, **contents)
-
-
-def _run_capture(run_capture, plan, shown: bool):
-    with _progress(shown, "rate", "size") as progress:
-        bar = progress.add_task(f"capture {plan.loaded.id}", total=plan.total_tokens, rate="", size="")
-
-        def on_step(tokens: int, tokens_per_second: float, written: int) -> None:
-            size = f"{written / 1e6:.1f} MB"
-            progress.update(bar, completed=tokens, rate=f"{tokens_per_second:.0f} tokens/s", size=size)
-
-        return run_capture(plan, on_step)
 
 
 @app.command()
@@ -264,7 +224,7 @@ def replay(
     trace: TracePath,
     routing: Annotated[list[str], typer.Option(help="A routing policy, name:key=value,...; repeatable.")] = ["vanilla"],  # noqa: B006
     residency: Annotated[list[str], typer.Option(help="A residency policy, likewise.")] = ["all_resident"],  # noqa: B006
-    hardware: Annotated[list[str] | None, typer.Option(help="A hardware preset, for latency estimates.")] = None,
+    hardware: Annotated[list[str] | None, typer.Option(help=HARDWARE)] = None,
     fit: Annotated[Path | None, typer.Option(help="The trace that static counts popularity on; else TRACE.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for replay.parquet and replay.json.")] = None,
     force: Force = False,
@@ -301,7 +261,7 @@ def replay(
 
 
 def _run_replay(run_replay, opened, routing, residency, hardware, shown: bool):
-    with _bar("replay", shown) as on_segment:
+    with bar("replay", shown) as on_segment:
         return run_replay(opened, routing, residency, hardware=hardware or None, progress=on_segment)
 
 
@@ -337,7 +297,7 @@ def demo(
     for name in ("llada2", "sdar"):
         path = folder / f"{name}.trace"
         plan = plan_capture(f"demo:{name}", path, demo_prompts(), DEMO_OPTIONS)
-        captured = _run_capture(run_capture, plan, shown)
+        captured = with_bar(run_capture, plan, shown)
         if shown:
             typer.echo(captured.sentence)
         opened = open_trace(path)
@@ -345,7 +305,7 @@ def demo(
         result.write(folder / f"{name}.replay")
         traces.append(opened)
         results.append(result)
-    with _bar("report", shown):
+    with bar("report", shown):
         report = write_report(folder / "report.html", traces=traces, results=results)
     if as_json:
         runs = {t.meta.model.id: r.to_json() for t, r in zip(traces, results, strict=True)}
@@ -380,7 +340,7 @@ def consistency(
     if out is not None:
         destination(out, "file", force)
     opened = open_trace(trace)
-    with _bar("consistency", not (as_json or quiet), opened.num_forwards) as on_segment:
+    with bar("consistency", not (as_json or quiet), opened.num_forwards) as on_segment:
         result = measure(opened, progress=on_segment)
     page = None if out is None else _write_page(out, traces=[opened], consistency=[result], force=force)
     if as_json:
@@ -411,7 +371,7 @@ def report(
     destination(out, "file", force)
     results = [path for path in sources if (path / "replay.json").is_file()]
     traces = [open_trace(path) for path in sources if path not in results]
-    with _bar("report", not quiet):
+    with bar("report", not quiet):
         page = _write_page(out, traces=traces, results=[read_replay(path) for path in results], force=force)
     typer.echo(str(page) if quiet else f"The report is {page.resolve()}")
 
@@ -447,7 +407,7 @@ def diff(
 def interval(
     trace: TracePath,
     budget: Annotated[int, typer.Option(help="Experts a layer keeps on the GPU.")],
-    hardware: Annotated[str, typer.Option(help="A hardware preset.")] = "h100-pcie5",
+    hardware: Annotated[str, typer.Option(help=HARDWARE)] = "h100-pcie5",
     copy_back: Annotated[
         bool, typer.Option("--copy-back/--no-copy-back", help="Demoted experts cross the bus.")
     ] = True,
@@ -468,7 +428,7 @@ def interval(
 
     if out is not None:
         destination(out, "file", force)
-    with _bar("interval", not (as_json or quiet)) as on_segment:
+    with bar("interval", not (as_json or quiet)) as on_segment:
         opened = open_trace(trace)
         result = find_interval(opened, budget, hardware, copy_back, progress=on_segment)
     found = {"traces": [opened], "consistency": [None], "intervals": [result]}
@@ -493,7 +453,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="The Parquet file of results; runs it holds are not computed again.")],
     routing: Annotated[list[str], typer.Option(help="Grids inside: dmoe:top_p=0.4|0.6.")] = ["vanilla"],  # noqa: B006
     residency: Annotated[list[str], typer.Option(help="tide:budget=16|32.")] = ["all_resident"],  # noqa: B006
-    hardware: Annotated[list[str] | None, typer.Option(help="A hardware preset; repeatable.")] = None,
+    hardware: Annotated[list[str] | None, typer.Option(help=HARDWARE)] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one a processor.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -511,7 +471,7 @@ def sweep(
     from tracer.parquet import open_trace
 
     destination(out, "results", force)
-    with _bar("sweep", not (as_json or quiet)) as on_segment:
+    with bar("sweep", not (as_json or quiet)) as on_segment:
         result = run_sweep(
             open_trace(trace),
             routing,
@@ -555,7 +515,7 @@ def parallel(
     from simulator.parallel import parallel_runs
     from tracer.parquet import open_trace
 
-    with _bar("parallel", not (as_json or quiet)) as on_policy:
+    with bar("parallel", not (as_json or quiet)) as on_policy:
         runs = parallel_runs(open_trace(trace), routing, gpus, placement or PLACEMENTS, progress=on_policy)
     if as_json:
         _print_json({"runs": runs})
@@ -590,7 +550,7 @@ def profile(
 
     destination(out, "file", force)
     make_parents(out)
-    with _bar("profile", not (as_json or quiet)) as on_step:
+    with bar("profile", not (as_json or quiet)) as on_step:
         measured = write_profile(out, force=force, progress=on_step, gpu=gpu)
     if as_json:
         _print_json(measured)
@@ -651,43 +611,71 @@ def policies(as_json: Json = False) -> None:
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
-    """List the published models whose geometry is known, with the source of every value.
+def models(
+    name: Annotated[str | None, typer.Argument(help="One of them: its every value and where it comes from.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the published models whose geometry is known; with a name, that model's every value and its source.
 
-    Example: moetrace models --json
+    Example: moetrace models llada2-mini
     """
     from dataclasses import asdict
 
+    from analysis.listings import model_table, model_values
     from analysis.tables import show
-    from analysis.terminal import frame_table
     from simulator.model_presets import load_model_spec, model_names
 
-    specs = [load_model_spec(name) for name in model_names()]
+    specs = [load_model_spec(one) for one in ([name] if name else model_names())]
     if as_json:
-        _print_json([asdict(spec) for spec in specs])
-        return
-    columns = ("name", "num_layers", "num_experts", "top_k", "hidden_size", "moe_intermediate_size", "expert_bytes")
-    rows = ([getattr(spec, column) for column in columns] for spec in specs)
-    show(frame_table(columns, rows, columns[:1], columns, folds=0))
+        _print_json(asdict(specs[0]) if name else [asdict(spec) for spec in specs])
+    elif quiet:
+        typer.echo("\n".join(spec.name for spec in specs))
+    elif name:
+        typer.echo(f"{specs[0].name}: {specs[0].description}")
+        show(model_values(specs[0]))
+    else:
+        show(model_table(specs))
+        typer.echo("moetrace models NAME has every value and its source.")
 
 
 @app.command()
-def hardware(as_json: Json = False) -> None:
-    """List the hardware presets, with the source of every value.
+def hardware(
+    name: Annotated[
+        str | None, typer.Argument(help="A machine, or a part as gpu=h200: its every value and its source.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the machines and parts that --hardware takes; with a name, that one's every value and its source.
 
-    Example: moetrace hardware --json
+    Example: moetrace hardware h100-pcie5
     """
     from dataclasses import asdict
 
+    from analysis.listings import HOW, hardware_values, machine_table, part_table
     from analysis.tables import show
-    from analysis.terminal import frame_table
-    from simulator.presets import list_hardware
+    from simulator.presets import PARTS, find_hardware, list_hardware, list_parts
+    from simulator.pricing import split_spec
 
-    found = list_hardware()
+    if name:
+        # KIND=NAME has no colon, and neither is it a machine with options.
+        found = [find_hardware(*split_spec(name))]
+    else:
+        found = [*list_hardware(), *(part for kind in PARTS for part in list_parts(kind))]
+    machines = [info for info in found if info.kind == "machine"]
     if as_json:
-        _print_json([asdict(machine) for machine in found])
-        return
-    show(frame_table(("name", "what it is"), ((machine.name, machine.line) for machine in found)))
+        _print_json(asdict(found[0]) if name else [asdict(info) for info in found])
+    elif quiet:
+        typer.echo("\n".join(info.name if info in machines else f"{info.kind}={info.name}" for info in found))
+    elif name:
+        typer.echo(f"{found[0].name}: {found[0].line}")
+        show(hardware_values(found[0]))
+    else:
+        show(machine_table(machines))
+        typer.echo()
+        show(part_table([info for info in found if info not in machines]))
+        typer.echo(HOW)
 
 
 DEMO_ROUTING = ["vanilla", "team", "dmoe"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Hardware:
     """One GPU and its host. Bytes per second, FLOP per second (BF16, dense), seconds, bytes.
 
     ``nvme_*`` is None without a drive; ``line`` is None where experts are timed one by one. ``sources`` maps every given
-    number to where it comes from.
+    number to where it comes from, ``parts`` each kind of part that numbers were taken from to its name.
     """
 
     name: str
@@ -77,19 +77,26 @@ class Hardware:
     nvme_bytes_per_s: float | None = None
     nvme_latency_s: float | None = None
     line: Line | None = None
+    parts: dict[str, str] = field(default_factory=dict)
 
 
+NO_VALUES = ("name", "description", "sources", "line", "parts")
 OPTIONAL = tuple(key for kind in OPTIONAL_PARTS for key in PARTS[kind])
-VALUES = tuple(f.name for f in fields(Hardware) if f.name not in ("name", "description", "sources", "line", *OPTIONAL))
+VALUES = tuple(f.name for f in fields(Hardware) if f.name not in (*NO_VALUES, *OPTIONAL))
 """Numbers every machine has."""
 
 
 @dataclass(frozen=True, slots=True)
 class HardwareInfo:
-    """A preset as a list shows it. ``values`` and ``sources`` have the same keys, those of the TOML files."""
+    """A preset as a list shows it: ``kind`` is "machine" or that of a part, ``line`` says what it is.
 
+    ``values`` and ``sources`` have the same keys, those of the TOML files; ``parts`` are those of a machine, kind to name.
+    """
+
+    kind: str
     name: str
     line: str
+    parts: dict[str, str]
     values: dict[str, float]
     sources: dict[str, str]
 
@@ -105,25 +112,53 @@ def part_names(kind: str) -> list[str]:
 
 
 def list_hardware() -> list[HardwareInfo]:
-    """Every machine of the package: name, description, numbers and their sources."""
-    found = []
-    for name in hardware_names():
-        machine = load_hardware(name)
-        values = {key: getattr(machine, key) for key in machine.sources if key not in PARTS["line"]}
-        if machine.line is not None:
-            values |= {"line_intercept_us": machine.line.intercept_us, "line_slope_us": machine.line.slope_us}
-        found.append(HardwareInfo(name, machine.description, values, {key: machine.sources[key] for key in values}))
-    return found
+    """Every machine of the package: name, description, parts, numbers and their sources."""
+    return [_info(load_hardware(name)) for name in hardware_names()]
 
 
 def list_parts(kind: str) -> list[HardwareInfo]:
     """Every part of a kind: name, description, numbers and their sources."""
-    found = []
-    for name in part_names(kind):
-        description, given = _read(FOLDER / kind / f"{name}.toml", PARTS[kind])[:2]
-        values = {key: value for key, (value, _) in given.items()}
-        found.append(HardwareInfo(name, description, values, {key: source for key, (_, source) in given.items()}))
-    return found
+    return [_part_info(kind, name) for name in part_names(kind)]
+
+
+def find_hardware(name: str, parts: Mapping[str, str] | None = None) -> HardwareInfo:
+    """One machine or part as a list shows it.
+
+    Parameters
+    ----------
+    name : str
+        A machine as in :func:`load_hardware`, ``KIND=NAME`` of a part, or the name of a part that only one kind has.
+    parts : mapping, optional
+        Other parts for a machine.
+
+    Raises
+    ------
+    UserError
+        As :func:`load_hardware` does.
+    """
+    kind, equals, part = name.partition("=")
+    if equals and kind in PARTS:
+        if part not in part_names(kind):
+            raise UserError(f"There is no {kind} part {part!r}; there are {', '.join(part_names(kind))}.")
+        return _part_info(kind, part)
+    kinds = [kind for kind in PARTS if name in part_names(kind)]
+    if len(kinds) == 1 and name not in hardware_names() and not parts:
+        return _part_info(kinds[0], name)
+    return _info(load_hardware(name, parts))
+
+
+def _info(machine: Hardware) -> HardwareInfo:
+    values = {key: getattr(machine, key) for key in machine.sources if key not in PARTS["line"]}
+    if machine.line is not None:
+        values |= {"line_intercept_us": machine.line.intercept_us, "line_slope_us": machine.line.slope_us}
+    sources = {key: machine.sources[key] for key in values}
+    return HardwareInfo("machine", machine.name, machine.description, machine.parts, values, sources)
+
+
+def _part_info(kind: str, name: str) -> HardwareInfo:
+    description, given = _read(FOLDER / kind / f"{name}.toml", PARTS[kind])[:2]
+    values = {key: value for key, (value, _) in given.items()}
+    return HardwareInfo(kind, name, description, {}, values, {key: source for key, (_, source) in given.items()})
 
 
 def load_hardware(name: str, parts: Mapping[str, str] | None = None) -> Hardware:
@@ -181,6 +216,7 @@ def load_hardware(name: str, parts: Mapping[str, str] | None = None) -> Hardware
         description=f"{description}; here with {changes}" if asked else description,
         sources={key: source for key, (_, source) in merged.items()},
         line=line,
+        parts={kind: asked.get(kind) or named[kind] for kind in PARTS if kind in asked or kind in named},
         **numbers,
     )
 

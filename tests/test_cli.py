@@ -396,3 +396,53 @@ def test_a_narrow_pipe_has_narrow_tables(trace, monkeypatch):
     assert any(line.startswith("Left out of 80 columns: ") and "--json has" in line for line in lines)
     monkeypatch.delenv("COLUMNS")
     assert "Left out" not in run("interval", trace, "--budget", 16).stdout
+
+
+def test_hardware_lists_machines_parts_and_lines_with_their_sources():
+    found = json.loads(run("hardware", "--json").stdout)
+    kinds = {(item["kind"], item["name"]) for item in found}
+    assert {("machine", "h100-pcie5"), ("gpu", "h200"), ("cpu", "grace"), ("line", "sglang")} <= kinds
+    assert {kind for kind, _ in kinds} == {"machine", "gpu", "cpu", "dram", "nvme", "line"}
+    assert all(item["values"].keys() == item["sources"].keys() for item in found)
+    machine = next(item for item in found if item["name"] == "h100-pcie5")
+    assert machine["parts"] == {"gpu": "h100-sxm", "cpu": "xeon-8468", "dram": "ddr5-4800x8", "nvme": "nvme-gen5"}
+    listed = run("hardware").stdout
+    for item in found:
+        shown = item["name"] if item["kind"] == "machine" else f"{item['kind']}={item['name']}"
+        assert any(line.split()[:1] == [shown] for line in listed.splitlines())
+    assert "278.96 us" in listed and "overlap=true" in listed and "host_gib=" in listed
+    names = run("hardware", "--quiet").stdout.split()
+    assert len(names) == len(found) and {"h200", "gpu=h200", "line=sglang"} <= set(names)
+
+
+def test_one_machine_or_part_has_every_value_with_its_source():
+    for name, key, amount in (
+        ("h100-pcie5", "gpu_bytes_per_s", "3,350 GB/s"),
+        ("h100-pcie5:gpu=h200,line=sglang", "line_slope_us", "1.25 us"),
+        ("gpu=rtx-4090", "gpu_memory_bytes", "24 GB"),
+        ("xeon-8380", "cpu_flops", "5.888 TFLOP/s"),
+        ("sglang", "line_intercept_us", "278.96 us"),
+        ("nvme-gen5", "nvme_latency_s", "45.5 us"),
+    ):
+        one = json.loads(run("hardware", name, "--json").stdout)
+        row = next(line for line in run("hardware", name).stdout.splitlines() if line.startswith(key))
+        assert amount in row and one["sources"][key] in row
+    # A name that a machine has is the machine's.
+    assert json.loads(run("hardware", "rtx-4090", "--json").stdout)["kind"] == "machine"
+    assert "h100-pcie5" in refused("hardware", "abacus") and "sglang" in refused("hardware", "line=abacus")
+    for verb in ("replay", "sweep", "interval"):
+        told = " ".join(run(verb, "--help").stdout.split())
+        assert all(
+            word in told for word in ("gpu, cpu, dram, nvme, line", "overlap=true", "host_gib=GIB", "line=sglang")
+        )
+
+
+def test_one_model_has_every_value_with_its_source():
+    one = json.loads(run("models", "llada2-mini", "--json").stdout)
+    rows = run("models", "llada2-mini").stdout.splitlines()
+    assert all(
+        any(row.startswith(f"{key} ") and source in row for row in rows) for key, source in one["sources"].items()
+    )
+    listed = [item["name"] for item in json.loads(run("models", "--json").stdout)]
+    assert run("models", "--quiet").stdout.split() == listed
+    assert "llada2-mini" in refused("models", "gpt")

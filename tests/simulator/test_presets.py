@@ -14,6 +14,7 @@ from simulator.presets import (
     PARTS,
     VALUES,
     Line,
+    find_hardware,
     hardware_names,
     list_hardware,
     list_parts,
@@ -97,6 +98,24 @@ def test_every_part_belongs_to_a_machine_or_can_be_asked_for():
             assert machine.name == f"h100-pcie5:{kind}={name}" and machine.description.endswith(
                 f"here with {kind}={name}"
             )
+
+
+def test_one_is_found_by_name_or_kind():
+    assert find_hardware("h200") == next(info for info in list_hardware() if info.name == "h200")
+    assert find_hardware("gpu=h200") == next(info for info in list_parts("gpu") if info.name == "h200")
+    assert (find_hardware("grace").kind, find_hardware("gh200").kind) == ("cpu", "machine")
+    other = find_hardware("h200", {"gpu": "b200", "line": "1+2"})
+    assert other.parts == {**find_hardware("h200").parts, "gpu": "b200", "line": "1+2"}
+    assert (other.values["line_slope_us"], other.values["gpu_memory_bytes"]) == (2.0, 180e9)
+    for info in list_hardware():
+        assert set(info.parts) == {"gpu", "cpu", "dram", "nvme"}
+        assert all(part in part_names(kind) for kind, part in info.parts.items())
+    for name, reason in (
+        ("gpu=abacus", "There is no gpu part 'abacus'; there are a100"),
+        ("abacus", "no hardware preset"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            find_hardware(name)
 
 
 def test_the_slower_end_of_the_bus_counts():

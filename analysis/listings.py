@@ -1,0 +1,100 @@
+"""Machines, their parts and models as lists, and one of them with the source of every value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from analysis.tables import Sheet
+from analysis.terminal import frame_table, plain
+from simulator.model_presets import ModelSpec
+from simulator.presets import HardwareInfo
+
+HOW = (
+    "moetrace hardware NAME has the source of every value, of a part as gpu=h200. In --hardware a machine takes other "
+    "parts, as h100-pcie5:gpu=h200,line=sglang (line=INTERCEPT+SLOPE in us for your own), overlap=true for CPU and GPU experts "
+    "side by side, and host_gib=64 for experts beyond that much host memory on the drive."
+)
+MACHINE_FIGURES = {
+    "GPU GB": ("gpu_memory_bytes", 1e9),
+    "GPU GB/s": ("gpu_bytes_per_s", 1e9),
+    "GPU TFLOP/s": ("gpu_flops", 1e12),
+    "bus GB/s": ("h2d_bytes_per_s", 1e9),
+    "host GB/s": ("cpu_bytes_per_s", 1e9),
+    "host TFLOP/s": ("cpu_flops", 1e12),
+    "drive GB/s": ("nvme_bytes_per_s", 1e9),
+}
+UNITS = {
+    "_bytes_per_s": (1e9, "GB/s"),
+    "_bytes": (1e9, "GB"),
+    "_flops": (1e12, "TFLOP/s"),
+    "_us": (1.0, "us"),
+    "_s": (1e-6, "us"),
+}
+SHORT = {
+    "gpu_memory_bytes": "{}",
+    "gpu_bytes_per_s": "{}",
+    "gpu_flops": "{}",
+    "cpu_flops": "{}",
+    "cpu_bytes_per_s": "{}",
+    "nvme_bytes_per_s": "{}",
+    "nvme_latency_s": "after {}",
+    "line_intercept_us": "{} a layer",
+    "line_slope_us": "{} an expert",
+    "h2d_bytes_per_s": "bus {}",
+}
+"""What a list says of a part."""
+MODEL_COLUMNS = ("name", "num_layers", "num_experts", "top_k", "hidden_size", "moe_intermediate_size", "expert_bytes")
+
+
+def machine_table(machines: Sequence[HardwareInfo]) -> Sheet:
+    """One row a machine: the figures that set its speed, and what it is."""
+    columns = ("name", *MACHINE_FIGURES, "what it is")
+    rows = [
+        (info.name, *(_scaled(info, *figure) for figure in MACHINE_FIGURES.values()), info.line) for info in machines
+    ]
+    return frame_table(columns, rows, columns[:1], ("name", "what it is", *MACHINE_FIGURES))
+
+
+def part_table(parts: Sequence[HardwareInfo]) -> Sheet:
+    """One row a part, named as ``--hardware`` takes it."""
+    rows = [(f"{info.kind}={info.name}", info.line, _summary(info)) for info in parts]
+    return frame_table(("part", "what it is", "values"), rows, ("part", "what it is", "values"))
+
+
+def model_table(models: Sequence[ModelSpec]) -> Sheet:
+    """One row a model: its geometry."""
+    rows = [[getattr(spec, column) for column in MODEL_COLUMNS] for spec in models]
+    return frame_table(MODEL_COLUMNS, rows, MODEL_COLUMNS[:1], MODEL_COLUMNS, folds=0)
+
+
+def hardware_values(info: HardwareInfo) -> Sheet:
+    """Every value of a machine or part with its source."""
+    rows = [(key, amount(key, value), info.sources[key]) for key, value in info.values.items()]
+    return _sources(rows)
+
+
+def model_values(spec: ModelSpec) -> Sheet:
+    """Every value of a model with its source."""
+    return _sources([(key, plain(getattr(spec, key)), source) for key, source in spec.sources.items()])
+
+
+def amount(key: str, value: float) -> str:
+    """A number of a hardware file in the unit people use, by the ending of its key."""
+    scale, unit = next(unit for ending, unit in UNITS.items() if key.endswith(ending))
+    return f"{value / scale:,.6g} {unit}"
+
+
+def _sources(rows: Sequence[Sequence[Any]]) -> Sheet:
+    columns = ("value", "is", "source")
+    sheet = frame_table(columns, rows, columns)
+    sheet.columns = [*frame_table(columns[:2], [row[:2] for row in rows], folds=0).columns, sheet.columns[2]]
+    return sheet
+
+
+def _scaled(info: HardwareInfo, key: str, scale: float) -> float | None:
+    return info.values[key] / scale if key in info.values else None
+
+
+def _summary(info: HardwareInfo) -> str:
+    return ", ".join(text.format(amount(key, info.values[key])) for key, text in SHORT.items() if key in info.values)
