@@ -41,7 +41,8 @@ class Trajectory:
     """The replay's own forwards, and where each of their rows comes from. R rows.
 
     ``source`` is the row of the recorded segment whose router row a simulated row takes (None = row i is row i, and
-    ``forwards`` are the recorded ones). ``reused`` rows keep their previous output: no router, no expert. ``cold`` rows are
+    ``forwards`` are the recorded ones); rows past the segment's last are those of ``following``, the model call after it.
+    ``reused`` rows keep their previous output: no router, no expert. ``cold`` rows are
     restricted to what the others use (TEAM). ``notes`` and ``bounds`` go to the summary: bounds are sums over the segment,
     ``{"accepted": (lo, hi), "denoise_forwards": (lo, hi)}``, first the scenario of the fewest tokens per forward, then
     that of the most; ``tokens_per_forward`` lies between the two quotients. ``bound_rows`` are the rows
@@ -58,6 +59,7 @@ class Trajectory:
     notes: tuple[str, ...] = ()
     bounds: dict[str, tuple[int, int]] | None = None
     bound_rows: tuple[np.ndarray, np.ndarray] | None = None  # two bool [R]
+    following: Segment | None = None  # of one call
 
     @property
     def recorded(self) -> bool:

@@ -127,7 +127,8 @@ class Segment:
     """A run of model calls that ends at a block end; the unit in which a trace is read and replayed.
 
     ``load`` gives one layer's routing: ``load(layer, with_scores)``; ``load_ids``, where there is one, the same without
-    reading weights. ``tokens`` is None where the trace has no tokens table.
+    reading weights. ``tokens`` is None where the trace has no tokens table. ``following``, where there is one, gives the model
+    call after the segment as a segment of its own, None after the trace's last call.
     """
 
     forwards: ForwardTable
@@ -135,6 +136,7 @@ class Segment:
     layers: tuple[int, ...]
     load: Callable[[int, bool], LayerTrace]
     load_ids: Callable[[int], LayerTrace] | None = None
+    following: Callable[[], Segment | None] | None = None
 
     def layer(self, layer: int, with_scores: bool = False, with_weights: bool = True) -> LayerTrace:
         """Routing of one layer; ``router_scores`` is None unless ``with_scores`` and the trace holds them.

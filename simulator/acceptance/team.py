@@ -3,9 +3,9 @@
 Source: arXiv 2602.08404 and its released loop (github PKU-SEC-Lab/TEAM-MoE-dLLM @e9c502e). Without speculation the states are
 vanilla's own, so row states are exact. With it, states vanilla never saw take predictions, probabilities and router rows from
 the latest vanilla step of the block whose known set they contain; a position known there but masked at that step takes its
-router row from its first forward as a real token. Rows outside the current block (no KV cache) are computed in a block's first
-forward and reused until its commit forward. A run recorded under TEAM itself keeps its forwards, see
-:mod:`simulator.speculation.recorded_team`.
+router row from its first forward as a real token, see :func:`simulator.speculation.blocks.rows_when_done`. Rows outside the
+current block (no KV cache) are computed in a block's first forward and reused until its commit forward. A run recorded under
+TEAM itself keeps its forwards, see :mod:`simulator.speculation.recorded_team`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ BOUNDS = (
     "all branches' without limit. A live run may leave either."
 )
 LAST_STEP = (
-    "Tokens accepted by a block's last step have no forward as real tokens in this trace (no commit forward); "
-    "their router rows of that step stand in."
+    "Tokens that a block's last step accepts are real tokens in its commit forward or the call right after; where neither is "
+    "in the trace, as after a request's last block without a KV cache, their router rows of that step stand in."
 )
 
 

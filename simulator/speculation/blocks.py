@@ -8,7 +8,7 @@ import numpy as np
 
 from tracer.errors import UserError
 from tracer.jit import njit
-from tracer.schema import COMMIT, DENOISE, MASKED
+from tracer.schema import COMMIT, DECODED, DENOISE, MASKED, PROMPT
 from tracer.trace import ForwardTable, Segment, TokenTable
 
 
@@ -143,6 +143,51 @@ def _rows(forwards: ForwardTable, which: np.ndarray, position: np.ndarray, lengt
     rows = np.empty((len(which), length), np.int64)
     _locate(forwards.row_offsets, which, forwards.block[which], position, length, rows)
     return rows
+
+
+def rows_when_done(segment: Segment, table: BlockTable) -> tuple[np.ndarray, Segment | None]:
+    """Row of each position as a real token once its block is done, and the segment's following call where one is in it.
+
+    That is in the block's commit forward or, without one, in the model call right after its last step: without a KV cache that
+    is the next block's first, which holds all tokens before it. The call may be the one after the segment, but none further,
+    so that the answer does not depend on where the trace is cut and no more than a call is read beyond a segment.
+
+    Returns
+    -------
+    tuple
+        int64 [C, B], from the segment's rows on those of the following call, -1 where neither call holds the position as a
+        real token of the block's request; the following call.
+    """
+    forwards = segment.forwards
+    rows = table.commit_row.copy()
+    open_blocks = np.flatnonzero(table.commit < 0)
+    after = table.forward[table.offsets[1:] - 1] + 1
+    inside = open_blocks[after[open_blocks] < forwards.num_forwards]
+    rows[inside] = _real_rows(segment, after[inside], forwards, after[inside] - 1, rows.shape[1])
+    at_end = open_blocks[after[open_blocks] == forwards.num_forwards]
+    following = segment.following() if len(at_end) and segment.following is not None else None
+    if following is None:
+        return rows, None
+    found = _real_rows(following, np.zeros(len(at_end), np.int64), forwards, after[at_end] - 1, rows.shape[1])
+    rows[at_end] = np.where(found >= 0, found + forwards.num_rows, -1)
+    return rows, following
+
+
+def _real_rows(
+    segment: Segment, calls: np.ndarray, forwards: ForwardTable, last: np.ndarray, length: int
+) -> np.ndarray:
+    """Row of each position of the block of forwards ``last`` in ``calls`` [N] of a segment, int64 [N, B].
+
+    -1 where the call does not hold the position as a real token, or is not one of the block's request alone.
+    """
+    table, tokens = segment.forwards, segment.tokens
+    assert tokens is not None
+    rows = np.empty((len(calls), length), np.int64)
+    _locate(table.row_offsets, calls, forwards.block[last], tokens.position, length, rows)
+    part = table.part_offsets[calls]
+    own = (table.part_offsets[calls + 1] == part + 1) & (table.request_id[part] == forwards.request_id[last])
+    real = (tokens.state[rows] == PROMPT) | (tokens.state[rows] == DECODED)
+    return np.where(own[:, None] & (rows >= 0) & real, rows, -1)
 
 
 def _gather(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.policy import Trajectory
-from simulator.speculation.blocks import BlockTable
+from simulator.speculation.blocks import BlockTable, rows_when_done
 from simulator.speculation.walk import BRANCHES
 from tracer.schema import DECODED, DENOISE, MASKED
 from tracer.trace import ForwardTable, Segment
@@ -40,15 +40,19 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 
 
-def _real_rows(table: BlockTable) -> tuple[np.ndarray, np.ndarray]:
-    """Row of each position's first vanilla forward as a real token, int64 [C, B]; where the last step's stands in, bool."""
+def _real_rows(segment: Segment, table: BlockTable) -> tuple[np.ndarray, np.ndarray, Segment | None]:
+    """Row of each position's first vanilla forward as a real token, int64 [C, B]; where the last step's stands in, bool.
+
+    Last, the call after the segment, whose rows go on after the segment's; None where there is none or no need of it.
+    """
     steps = np.arange(len(table.forward))[:, None]
     first = np.minimum.reduceat(np.where(table.known, steps, len(steps)), table.offsets[:-1], axis=0)
     within = first < len(steps)
     rows = np.take_along_axis(table.row, np.minimum(first, len(steps) - 1), axis=0)
-    rows = np.where(within, rows, table.commit_row)
+    done, following = rows_when_done(segment, table)
+    rows = np.where(within, rows, done)
     stand_in = rows < 0
-    return np.where(stand_in, table.row[table.offsets[1:] - 1], rows), stand_in
+    return np.where(stand_in, table.row[table.offsets[1:] - 1], rows), stand_in, following
 
 
 def simulated_trajectory(
@@ -110,7 +114,9 @@ def simulated_trajectory(
     source[to] = strangers[_ranges(begins, outside[special])]
     reused[to] = True
     i = which[special]
-    real, stand_in = _real_rows(table) if len(first_step) else (table.commit_row, np.zeros((0, 0), bool))
+    real, stand_in, following = table.commit_row, np.zeros((0, 0), bool), None
+    if len(first_step):
+        real, stand_in, following = _real_rows(segment, table)
     late = walk.state[i].astype(bool) & ~table.known[walk.step[i]]
     own = np.where(late, real[walk.block[i]][:, None, :], table.row[walk.step[i]])
     mask = np.broadcast_to(here[walk.block[i]][:, None, :], own.shape)
@@ -121,15 +127,23 @@ def simulated_trajectory(
     reused[to] = np.broadcast_to(decoded[:, None, :], own.shape)[mask]
     cold[to] = np.broadcast_to(walk.cold[i].astype(bool)[:, None, :], own.shape)[mask]
     branch[to] = np.broadcast_to(np.arange(BRANCHES, dtype=np.uint8)[None, :, None], own.shape)[mask]
-    state = tokens.state[source]
+    position, state = tokens.position, tokens.state
+    if following is not None and source.max() >= forwards.num_rows:
+        assert following.tokens is not None
+        position = np.append(position, following.tokens.position)
+        state = np.append(state, following.tokens.state)
+    else:
+        following = None
+    state = state[source]
     state[known & (state == MASKED)] = DECODED
     trajectory = Trajectory(
         forwards=_forward_table(forwards, table, walk, (like, which, special), offsets, state),
-        position=tokens.position[source],
+        position=position[source],
         state=state,
         branch=branch,
         source=source,
         reused=reused if reuse else None,
+        following=following,
     )
     return trajectory, cold, bool((late & stand_in[walk.block[i]][:, None, :] & mask).any()) if len(i) else False
 

@@ -37,7 +37,9 @@ def check_trajectory(trajectory: Trajectory, segment: Segment, name: str) -> Non
         ``source`` has another length than the forwards have rows, or points outside the segment.
     """
     source, rows = trajectory.source, trajectory.forwards.num_rows
-    inside = source is None or not len(source) or (source.min() >= 0 and source.max() < segment.forwards.num_rows)
+    held = segment.forwards.num_rows
+    held += trajectory.following.forwards.num_rows if trajectory.following is not None else 0
+    inside = source is None or not len(source) or (source.min() >= 0 and source.max() < held)
     if not inside or len(source if source is not None else np.empty(rows)) != rows:
         raise UserError(
             f"The acceptance policy {name} takes rows from outside the segment, or not one for each of its {rows} rows; "
@@ -77,19 +79,45 @@ def gather_layer(layer: LayerTrace, forwards: ForwardTable, trajectory: Trajecto
     if trajectory.source is None:
         return layer
     source, offsets = trajectory.source, trajectory.forwards.row_offsets
+    beyond = _following_layer(layer, trajectory)
+    ran = layer.present if beyond is None else np.append(layer.present, beyond.present)
     has_rows = np.diff(offsets) > 0
     present = np.zeros(len(has_rows), bool)
     if len(source):
         first = source[offsets[:-1][has_rows]]
-        present[has_rows] = layer.present[np.searchsorted(forwards.row_offsets, first, side="right") - 1]
+        present[has_rows] = ran[np.searchsorted(forwards.row_offsets, first, side="right") - 1]
     return replace(
         layer,
-        expert_ids=layer.expert_ids[source],
-        count=layer.count[source],
-        gate_weights=None if layer.gate_weights is None else layer.gate_weights[source],
-        router_scores=None if layer.router_scores is None else layer.router_scores[source],
+        expert_ids=_gathered("expert_ids", layer, beyond, source),
+        count=_gathered("count", layer, beyond, source),
+        gate_weights=_gathered("gate_weights", layer, beyond, source),
+        router_scores=_gathered("router_scores", layer, beyond, source),
         present=present,
     )
+
+
+def _following_layer(layer: LayerTrace, trajectory: Trajectory) -> LayerTrace | None:
+    """The layer in the call after the segment, where a trajectory takes rows of it; as the segment's own was loaded."""
+    following = trajectory.following
+    if following is None:
+        return None
+    if layer.layer not in following.layers:
+        return absent_layer(layer.layer, following.forwards, layer.router)
+    return following.layer(layer.layer, layer.router_scores is not None, layer.gate_weights is not None)
+
+
+def _gathered(name: str, layer: LayerTrace, beyond: LayerTrace | None, source: np.ndarray) -> Any:
+    """Rows ``source`` of a layer's array, of which those of ``beyond`` follow its own; None where it has none.
+
+    A row of ``beyond`` is 0 where the layer did not run there, so that it has no such array.
+    """
+    own = getattr(layer, name)
+    if own is None or beyond is None:
+        return None if own is None else own[source]
+    late, more = source >= len(own), getattr(beyond, name)
+    rows = own[np.where(late, 0, source)]
+    rows[late] = 0 if more is None else more[source[late] - len(own)]
+    return rows
 
 
 def current_block_rows(trajectory: Trajectory, block_length: int) -> np.ndarray | None:

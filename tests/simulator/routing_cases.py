@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -89,6 +89,28 @@ def with_layers(segment, change):
         return layers[layer] if with_scores else replace(layers[layer], router_scores=None)
 
     return Segment(forwards=segment.forwards, tokens=segment.tokens, layers=segment.layers, load=load)
+
+
+def calls_of(segment, calls):
+    """A segment of the model calls ``calls`` of another, in that order, of one request each."""
+    forwards, calls = segment.forwards, np.array(calls, np.int64)
+    rows = np.concatenate([np.arange(*forwards.row_offsets[f : f + 2]) for f in calls])
+    per_call = ("row_offsets", "part_offsets")
+    table = replace(
+        forwards,
+        row_offsets=np.concatenate(([0], np.cumsum(np.diff(forwards.row_offsets)[calls]))),
+        part_offsets=np.arange(len(calls) + 1),
+        **{f.name: getattr(forwards, f.name)[calls] for f in fields(forwards) if f.name not in per_call},
+    )
+    tokens = replace(segment.tokens, **{f.name: getattr(segment.tokens, f.name)[rows] for f in fields(segment.tokens)})
+
+    def load(layer, with_scores):
+        found = segment.load(layer, with_scores)
+        arrays = ("expert_ids", "count", "gate_weights", "router_scores")
+        taken = {name: None if getattr(found, name) is None else getattr(found, name)[rows] for name in arrays}
+        return replace(found, present=found.present[calls], **taken)
+
+    return Segment(forwards=table, tokens=tokens, layers=segment.layers, load=load)
 
 
 def with_padding(segment, rng, share=0.2):

@@ -13,9 +13,9 @@ from simulator.acceptance.recorded import Recorded
 from simulator.acceptance.team import LAST_STEP, TeamAcceptance
 from simulator.streams.gather import check_trajectory
 from tests.builders import block_run
-from tests.simulator.routing_cases import geometry, runs, seeds
+from tests.simulator.routing_cases import calls_of, geometry, runs, seeds
 from tracer.errors import UserError
-from tracer.schema import COMMIT, DECODED, DENOISE, MASKED, PREFILL
+from tracer.schema import DECODED, DENOISE, MASKED, PREFILL, PROMPT
 
 
 def naive_quota(length, steps, step):
@@ -24,17 +24,18 @@ def naive_quota(length, steps, step):
 
 
 def naive_blocks(segment, block_length):
-    """Blocks by (request, block): their steps as dicts of sets and maps over positions, and their commit forward's rows."""
+    """Blocks by (request, block): their steps as dicts of sets and maps over positions.
+
+    And ``later``: where a position is a real token for the first time after the block's last step, whatever the forward.
+    """
     forwards, tokens = segment.forwards, segment.tokens
     blocks = {}
     for f in range(forwards.num_forwards):
         block = int(forwards.block[f])
         rows = range(forwards.row_offsets[f], forwards.row_offsets[f + 1])
         own = {int(tokens.position[t]): t for t in rows if tokens.position[t] // block_length == block}
-        entry = blocks.setdefault((int(forwards.request_id[f]), block), {"steps": [], "commit": None})
-        if forwards.kind[f] == COMMIT:
-            entry["commit"] = own
-        elif forwards.kind[f] == DENOISE:
+        entry = blocks.setdefault((int(forwards.request_id[f]), block), {"steps": [], "later": {}})
+        if forwards.kind[f] == DENOISE:
             entry["steps"].append(
                 {
                     "forward": f,
@@ -46,7 +47,14 @@ def naive_blocks(segment, block_length):
                     "p": {j: tokens.confidence[t] for j, t in own.items()},
                 }
             )
-    return {key: entry for key, entry in blocks.items() if entry["steps"]}
+    blocks = {key: entry for key, entry in blocks.items() if entry["steps"]}
+    for (request, block), entry in blocks.items():
+        for f in range(entry["steps"][-1]["forward"] + 1, forwards.num_forwards):
+            for t in range(forwards.row_offsets[f], forwards.row_offsets[f + 1]):
+                real = tokens.position[t] // block_length == block and tokens.state[t] in (PROMPT, DECODED)
+                if forwards.request_id[f] == request and real:
+                    entry["later"].setdefault(int(tokens.position[t]), t)
+    return blocks
 
 
 def naive_accept(masked, p, threshold, quota):
@@ -97,9 +105,7 @@ def naive_block(entry, policy, threshold, quota):
         if j not in state or j in step["known"]:
             return step["rows"][j]
         real = [s["rows"][j] for s in steps if j in s["known"]]
-        if real:
-            return real[0]
-        return entry["commit"][j] if entry["commit"] else steps[-1]["rows"][j]
+        return real[0] if real else entry["later"].get(j, steps[-1]["rows"][j])
 
     cur = set(steps[0]["known"])
     just = naive_accept(positions - cur, steps[0]["p"], threshold, quota(0))
@@ -276,6 +282,46 @@ def test_speculation_at_real_size():
         trajectory = assert_simulated(segment, where, TeamAcceptance(), 0.95, lambda step: 1)
         assert (LAST_STEP in trajectory.notes) == (not kv_cache)
         assert trajectory.cold.any() and trajectory.reused.any()
+
+
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_only_a_request_s_last_tokens_have_no_forward_as_real_ones(kv_cache):
+    rng = np.random.default_rng(11)
+    segment, _ = block_run(rng, blocks=3, block_length=4, prompt=5, kv_cache=kv_cache, max_accept=2, requests=2)
+    trajectory = TeamAcceptance(threshold=0.5).unroll(segment, geometry(segment, 4))
+    tokens, last = segment.tokens, int(segment.forwards.block.max())
+    known = trajectory.state != MASKED
+    stands_in = known & (tokens.state[trajectory.source] == MASKED)
+    assert set(np.repeat(trajectory.forwards.block, np.diff(trajectory.forwards.row_offsets))[stands_in]) == (
+        set() if kv_cache else {last}
+    )
+    assert (LAST_STEP in trajectory.notes) == (not kv_cache)
+
+
+def test_a_next_block_that_begins_after_other_calls_gives_no_rows():
+    rng = np.random.default_rng(12)
+    segment, _ = block_run(rng, blocks=2, block_length=4, prompt=5, kv_cache=False, requests=2)
+    where, policy = geometry(segment, 4), TeamAcceptance(threshold=0.5)
+    forwards = segment.forwards
+    end = int(np.flatnonzero(forwards.block == forwards.block.max())[0])
+    other = int(np.flatnonzero(forwards.request_id == 1)[0])
+    first = calls_of(segment, range(end))
+    between = calls_of(segment, [*range(end), other, *range(end, other)])
+    for without in (first, replace(first, following=lambda: None), between):
+        assert LAST_STEP in policy.unroll(without, where).notes
+    strange = policy.unroll(replace(first, following=lambda: calls_of(segment, [other])), where)
+    assert LAST_STEP in strange.notes and strange.following is None
+    assert strange.source.tolist() == policy.unroll(first, where).source.tolist()
+    whole = policy.unroll(segment, where)
+    held = policy.unroll(replace(first, following=lambda: calls_of(segment, [end])), where)
+    assert LAST_STEP not in held.notes
+    rows = len(held.source)
+    assert held.source.tolist() == whole.source[:rows].tolist() and held.source.max() >= first.forwards.num_rows
+    assert held.position.tolist() == whole.position[:rows].tolist()
+    assert held.state.tolist() == whole.state[:rows].tolist()
+    check_trajectory(held, first, "team")
+    with pytest.raises(UserError, match="takes rows from outside the segment"):
+        check_trajectory(replace(held, following=None), first, "team")
 
 
 def follow_the_rule(segment, rng, threshold):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from simulator.policy import ACTIVE, SCORES
 from simulator.registry import load_policy, policy_names
 from simulator.replay import replay
 from simulator.streams.gather import gather_layer
+from tests.analysis.replayed import stored
 from tests.builders import block_run, router
-from tests.simulator.routing_cases import runs, seeds, specs, unrouted, with_layers
+from tests.simulator.routing_cases import calls_of, runs, seeds, specs, unrouted, with_layers
 from tests.simulator.traces import MemoryTrace, meta_of, random_trace
 from tracer.errors import UserError
+from tracer.parquet import open_trace
 from tracer.schema import PREFILL
 
 E, K = 12, 4
@@ -215,6 +218,54 @@ def test_odd_traces_have_an_answer_under_every_policy(odd):
             assert summary["unique_experts_all_forwards"] > 0
         if odd == "one forward" and run["acceptance"]["name"] == "recorded":
             assert summary["forwards"] == 1
+
+
+def pieces_of(segment):
+    """The segment cut wherever no block of a request is open, each piece knowing the call that follows it."""
+    forwards = segment.forwards
+    pairs = [(r, b) if b >= 0 else None for r, b in zip(forwards.request_id, forwards.block, strict=True)]
+    cuts = [i for i in range(1, len(pairs)) if not (set(pairs[:i]) - {None}) & set(pairs[i:])]
+    bounds = [0, *cuts, len(pairs)]
+
+    def following(end):
+        return calls_of(segment, [end]) if end < len(pairs) else None
+
+    return [
+        replace(calls_of(segment, range(low, high)), following=lambda high=high: following(high))
+        for low, high in pairwise(bounds)
+    ]
+
+
+def interleaved(segment):
+    """The calls of several requests, block by block in turn."""
+    forwards = segment.forwards
+    return calls_of(segment, np.lexsort((forwards.forward_id, forwards.request_id, forwards.block)))
+
+
+@pytest.mark.parametrize("name", policy_names("routing"))
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_every_routing_policy_gives_the_same_answer_wherever_a_trace_is_cut(name, kv_cache, in_turn):
+    for seed in range(6):
+        trace = decoded(seed, kv_cache=kv_cache, requests=2, max_accept=2)
+        segment = interleaved(trace.pieces[0]) if in_turn else trace.pieces[0]
+        whole, cut_up = (replace(trace, pieces=pieces) for pieces in ([segment], pieces_of(segment)))
+        assert len(cut_up.pieces) > (1 if in_turn else 3)
+        one, several = (replay(t, [name], ["lru:budget=5"]) for t in (whole, cut_up))
+        assert several.cells.equals(one.cells)
+        assert several.to_json() == one.to_json()
+
+
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_a_stored_trace_gives_the_same_answer_wherever_it_is_cut(kv_cache, tmp_path, monkeypatch):
+    _, one = stored(tmp_path / "a.trace", seed=3, kv_cache=kv_cache, blocks=4, block_length=4)
+    assert one.num_segments == 1
+    monkeypatch.setattr("tracer.files.reader.segment_rows", lambda meta: 1)
+    several = open_trace(one.path)
+    assert several.num_segments >= 8
+    routings = ["vanilla", "team", "team:reuse=false,limit=false", "team:hot_distance=1,hot_probability=1.0"]
+    found = [replay(trace, routings, ["lru:budget=5"]) for trace in (one, several)]
+    assert found[0].cells.equals(found[1].cells) and found[0].to_json() == found[1].to_json()
 
 
 # Bounds come with simulated forwards, so from policies that bring an acceptance policy along.

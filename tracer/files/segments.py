@@ -118,8 +118,9 @@ class StoredSegment(Segment):
         layers: tuple[int, ...],
         load: Callable[[int, bool], LayerTrace],
         load_ids: Callable[[int], LayerTrace] | None = None,
+        following: Callable[[], Segment | None] | None = None,
     ) -> None:
-        values = {"forwards": forwards, "layers": layers, "load": load, "load_ids": load_ids}
+        values = {"forwards": forwards, "layers": layers, "load": load, "load_ids": load_ids, "following": following}
         # the base is frozen
         for name, value in {**values, "_tokens": tokens, "_lock": Lock()}.items():
             object.__setattr__(self, name, value)
@@ -142,10 +143,12 @@ def read_segment(stored: StoredForwards, meta: TraceMeta, kinds: KindLayers, fir
         Here for faults of keys, from ``Segment.tokens`` and ``Segment.layer`` for faults of rows and cells.
     """
     cells = segment_cells(stored, meta, kinds, first, last)
+    more = last < stored.num_calls
     return StoredSegment(
         forwards=stored.table(first, last),
         tokens=(lambda: segment_tokens(stored, first, last)) if "tokens" in meta.tables else None,
         layers=meta.model.moe_layers,
         load=lambda layer, with_scores: read_layer(cells, layer, True, with_scores),
         load_ids=lambda layer: read_layer(cells, layer, False, False),
+        following=lambda: read_segment(stored, meta, kinds, last, last + 1) if more else None,
     )
