@@ -59,7 +59,7 @@ HARDWARE = (
     "NAME, FILE.toml or NAME:key=value,... with other parts (gpu, cpu, dram, nvme, line), as line=sglang, or overlap=true or "
     "host_gib=GIB; moetrace hardware lists them."
 )
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no table; one line, or the names of a list.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 TracePath = Annotated[Path, typer.Argument(help="A trace folder.", metavar="TRACE")]
 
@@ -177,7 +177,7 @@ def _write_page(out: Path, **contents) -> Path:
 
 
 @app.command()
-def info(trace: TracePath, as_json: Json = False) -> None:
+def info(trace: TracePath, as_json: Json = False, quiet: Quiet = False) -> None:
     """Say what a trace holds: geometry, counts, sizes, bytes per decision, provenance.
 
     Example: moetrace info first.trace
@@ -189,6 +189,10 @@ def info(trace: TracePath, as_json: Json = False) -> None:
     if as_json:
         _print_json(facts)
         return
+    if quiet:
+        counts = [_count(facts["counts"][f"{noun}s"], noun) for noun in ("request", "forward", "decision")]
+        typer.echo(f"{trace}: {', '.join(counts)}, {facts['bytes']['total'] / 1e6:.3g} MB")
+        return
     from analysis.tables import show
     from analysis.terminal import facts_table
 
@@ -196,7 +200,7 @@ def info(trace: TracePath, as_json: Json = False) -> None:
 
 
 @app.command()
-def check(trace: TracePath, as_json: Json = False) -> None:
+def check(trace: TracePath, as_json: Json = False, quiet: Quiet = False) -> None:
     """Hold a trace against every requirement of the format; exit code 1 and the first faults if it breaks any.
 
     Example: moetrace check first.trace
@@ -211,9 +215,11 @@ def check(trace: TracePath, as_json: Json = False) -> None:
     if as_json:
         _print_json({"trace": str(trace), "faults": faults})
     else:
-        for fault in faults:
+        for fault in faults if not quiet else ():
             typer.echo(fault)
-        if not faults:
+        if faults and quiet:
+            typer.echo(f"{trace}: {_count(len(faults), 'fault')}.")
+        elif not faults:
             typer.echo(f"{trace}: every requirement of the format holds.")
     if faults:
         raise typer.Exit(1)
@@ -237,7 +243,7 @@ def replay(
     """
     from analysis.destinations import destination
     from analysis.tables import show
-    from analysis.terminal import run_table
+    from analysis.terminal import every_kind, run_table
     from simulator.replay import replay as run_replay
     from simulator.residency.static import fitted
     from tracer.parquet import open_trace
@@ -255,6 +261,8 @@ def replay(
         return
     if not quiet:
         show(run_table([(opened.meta.model.id, names, result)]))
+        if any(every_kind(one.summary) for one in result.runs):
+            typer.echo("experts/layer: over forwards of every kind, as none of this trace denoises.")
         for note in _notes(result):
             typer.echo(note)
     typer.echo(_count(len(result.runs), "run") + (f", written to {out}" if out is not None else ""))
@@ -358,6 +366,7 @@ def report(
     sources: Annotated[list[Path], typer.Argument(help="Traces and folders written by replay --out.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     force: Force = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write one self-contained page about traces and replays.
@@ -371,8 +380,11 @@ def report(
     destination(out, "file", force)
     results = [path for path in sources if (path / "replay.json").is_file()]
     traces = [open_trace(path) for path in sources if path not in results]
-    with bar("report", not quiet):
+    with bar("report", not (as_json or quiet)):
         page = _write_page(out, traces=traces, results=[read_replay(path) for path in results], force=force)
+    if as_json:
+        _print_json({"report": str(page), "traces": len(traces), "replays": len(results)})
+        return
     typer.echo(str(page) if quiet else f"The report is {page.resolve()}")
 
 
@@ -382,6 +394,7 @@ def diff(
     b: Annotated[Path, typer.Argument(help="Another of the same kind.", metavar="B")],
     limit: Annotated[int, typer.Option(min=1, help="Rows to print.")] = 30,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare two traces or two replays, the differences that matter first.
 
@@ -395,11 +408,12 @@ def diff(
     if as_json:
         _print_json(result.to_json())
         return
-    columns = ("part", "figure", "a", "b", "difference")
-    rows = ([row[column] for column in columns] for row in result.differing[:limit])
-    show(frame_table(columns, rows, columns[:4], ("figure", "a", "b", "difference", "part"), 14))
-    for note in result.notes:
-        typer.echo(note)
+    if not quiet:
+        columns = ("part", "figure", "a", "b", "difference")
+        rows = ([row[column] for column in columns] for row in result.differing[:limit])
+        show(frame_table(columns, rows, columns[:4], ("figure", "a", "b", "difference", "part"), 14))
+        for note in result.notes:
+            typer.echo(note)
     typer.echo(result.sentence())
 
 
@@ -465,7 +479,7 @@ def sweep(
     """
     from analysis.destinations import destination
     from analysis.tables import show
-    from analysis.terminal import SWEEP_COLUMNS, SWEEP_ORDER, frame_table
+    from analysis.terminal import ALL_KINDS, SWEEP_COLUMNS, SWEEP_ORDER, frame_table
     from simulator.pareto import pareto
     from simulator.sweep import sweep as run_sweep
     from tracer.parquet import open_trace
@@ -488,6 +502,8 @@ def sweep(
         return
     if not quiet:
         columns = [name for name in SWEEP_COLUMNS if name in front.columns and front[name].null_count() < front.height]
+        if "unique_experts" in columns:
+            columns = [name for name in columns if name != f"unique_experts{ALL_KINDS}"]
         show(frame_table(columns, front.select(columns).iter_rows(), SWEEP_COLUMNS[:3], SWEEP_ORDER), str(result.path))
     typer.echo(
         f"{result.path}: {len(result.rows)} runs, {result.computed} computed now; {front.height} of them on the Pareto front"
@@ -568,6 +584,8 @@ def import_trace(
     source: Annotated[Path, typer.Argument(help="The foreign file.", metavar="SRC")],
     out: Annotated[Path, typer.Option(help="Folder to write the trace to.")],
     force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn another tool's routing dump into a trace.
 
@@ -583,11 +601,14 @@ def import_trace(
     if format not in FORMATS:
         raise UserError(f"There is no importer for '{format}'; there are {', '.join(FORMATS)}.")
     decisions = getattr(import_module(f"tracer.importers.{format}"), f"import_{format}")(source, out, force=force)
-    typer.echo(f"{out}: {decisions} decisions")
+    if as_json:
+        _print_json({"trace": str(out), "decisions": decisions})
+        return
+    typer.echo(str(out) if quiet else f"{out}: {decisions} decisions")
 
 
 @app.command()
-def policies(as_json: Json = False) -> None:
+def policies(as_json: Json = False, quiet: Quiet = False) -> None:
     """List the policies of every axis with their parameters, defaults and sources.
 
     Example: moetrace policies
@@ -601,6 +622,9 @@ def policies(as_json: Json = False) -> None:
     found = [(axis, policy) for axis in ("acceptance", "routing", "residency") for policy in list_policies(axis)]
     if as_json:
         _print_json([{"axis": axis, **asdict(policy)} for axis, policy in found])
+        return
+    if quiet:
+        typer.echo("\n".join(f"{axis} {policy.name}" for axis, policy in found))
         return
     rows = []
     for axis, policy in found:

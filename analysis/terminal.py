@@ -8,6 +8,8 @@ from typing import Any
 from analysis.curves import null_words
 from analysis.tables import TEXT, Column, Sheet
 
+ALL_KINDS = "_all_forwards"
+"""Ending of figures over forwards of every kind; those without it are over denoise forwards."""
 RUN_KEYS = ("trace", "routing", "residency", "hardware")
 RUN_FIGURES = (
     "experts/layer",
@@ -29,11 +31,13 @@ INTERVAL_ORDER = (
     "objective_memoryless", "expert_hit_rate", "extra_misses_memoryless", "bytes_to_host",
 )  # fmt: skip
 SWEEP_COLUMNS = (
-    "routing", "residency", "hardware", "estimate", "unique_experts", "tokens_per_forward", "hit_rate", "bytes_to_gpu",
+    "routing", "residency", "hardware", "estimate", "unique_experts", "unique_experts_all_forwards",
+    "tokens_per_forward", "hit_rate", "bytes_to_gpu",
     "cpu_tokens", "resident_bytes", "gate_retained", "latency_s", "tokens_per_s", "speedup",
 )  # fmt: skip
 SWEEP_ORDER = (
-    "residency", "routing", "speedup", "latency_s", "hit_rate", "unique_experts", "tokens_per_forward", "gate_retained",
+    "residency", "routing", "speedup", "latency_s", "hit_rate", "unique_experts", "unique_experts_all_forwards",
+    "tokens_per_forward", "gate_retained",
     "resident_bytes", "tokens_per_s", "bytes_to_gpu", "cpu_tokens", "estimate", "hardware",
 )  # fmt: skip
 
@@ -48,7 +52,7 @@ def facts_table(facts: Mapping[str, Any]) -> Sheet:
 
 
 def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> Sheet:
-    """The figures people compare, one row a run, estimates in italics.
+    """The figures people compare, one row a run, estimates in italics; see :func:`every_kind` for runs that denoise nothing.
 
     Parameters
     ----------
@@ -66,7 +70,7 @@ def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> 
                     trace,
                     *specs,
                     run["hardware"] or "-",
-                    figure(summary["unique_experts"], 2),
+                    figure(summary[f"unique_experts{ALL_KINDS if every_kind(summary) else ''}"], 2),
                     figure(summary["tokens_per_forward"], 2),
                     f"{summary['resident_bytes'] / 1e6:.1f} MB",
                     percent(summary["hit_rate"]),
@@ -80,6 +84,11 @@ def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> 
             styles.append("italic" if run["estimate"] else None)
     columns = [Column(name, folds=TEXT) for name in RUN_KEYS] + [Column(name, right=True) for name in RUN_FIGURES]
     return Sheet(columns, rows, RUN_KEYS, RUN_ORDER, styles)
+
+
+def every_kind(summary: Mapping[str, Any]) -> bool:
+    """Whether experts a layer are to be told over forwards of every kind, as none of a run's denoises."""
+    return summary["unique_experts"] is None and summary.get(f"unique_experts{ALL_KINDS}") is not None
 
 
 def headline_table(rows: Iterable[Mapping[str, Any]]) -> Sheet:

@@ -79,16 +79,27 @@ def load_policy(axis: str, spec: str) -> Any:
     UserError
         Unknown policy or parameter, or a value of the wrong type.
     """
-    name, _, rest = spec.partition(":")
+    name, colon, rest = spec.partition(":")
     policy = _policy_class(_module(axis, name.strip()), axis, name.strip())
     fields = {f.name for f in dataclasses.fields(policy)}
     hints = _hints(policy)
     given: dict[str, Any] = {}
-    for item in rest.split(",") if rest else ():
+    for item in rest.split(",") if colon else ():
         key, equals, text = (part.strip() for part in item.partition("="))
-        if key not in fields or not equals:
-            has = f"its parameters are {', '.join(sorted(fields))}" if fields else "it has none"
-            raise UserError(f"{axis} policy {name} has no parameter {item.strip()!r}; {has}, each given as key=value.")
+        if not item.strip():
+            where = "is followed by a colon and nothing" if not rest.strip() else "is given an empty parameter"
+            raise UserError(f"{axis} policy {name} {where}; write {name} or {name}:key=value,key=value.")
+        if key not in fields:
+            has = (
+                f"its parameters are {', '.join(sorted(fields))}, each given as key=value"
+                if fields
+                else "it takes none"
+            )
+            raise UserError(f"{axis} policy {name} has no parameter {item.strip()!r}; {has}.")
+        if not equals:
+            raise UserError(
+                f"{axis} policy {name} needs a value for {key}; write {key}=VALUE, as parameters are each given as key=value."
+            )
         if key in given:
             raise UserError(f"{axis} policy {name} is given {key} twice; give it once.")
         given[key] = _value(f"{name}:{key}", text, hints[key])

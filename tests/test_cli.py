@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from analysis.tables import laid_out
 from cli import app
+from tests.tracer.test_import_bigmoe import rows, write
 from tracer.check import check
 from tracer.parquet import open_trace
 from tracer.schema import COMPACT_ENCODINGS
@@ -446,3 +450,72 @@ def test_one_model_has_every_value_with_its_source():
     listed = [item["name"] for item in json.loads(run("models", "--json").stdout)]
     assert run("models", "--quiet").stdout.split() == listed
     assert "llada2-mini" in refused("models", "gpt")
+
+
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory):
+    """An imported trace of one token at a time, without denoise forwards, and the file it came from."""
+    folder = tmp_path_factory.mktemp("decoded")
+    source = write(folder / "tiny.route.csv", rows())
+    assert run("import", "bigmoe", source, "--out", folder / "tiny.trace").exit_code == 0
+    return folder / "tiny.trace", source
+
+
+def test_experts_a_layer_of_a_trace_that_denoises_nothing(decoded, trace, tmp_path):
+    path, _ = decoded
+    summary = json.loads(run("replay", path, "--json").stdout)["runs"][0]["summary"]
+    assert summary["unique_experts"] is None and summary["unique_experts_all_forwards"] > 1
+    head, row, footnote = run("replay", path).stdout.splitlines()[:3]
+    at = re.search("experts/layer", head).end()
+    assert row[:at].split()[-1] == f"{summary['unique_experts_all_forwards']:.2f}"
+    assert footnote == "experts/layer: over forwards of every kind, as none of this trace denoises."
+    assert "of every kind" not in run("replay", trace).stdout
+    assert "unique_experts_all_forwards" in run("sweep", path, "--out", tmp_path / "a.parquet").stdout
+    assert "unique_experts_all_forwards" not in run("sweep", trace, "--out", tmp_path / "b.parquet").stdout
+
+
+def test_every_verb_takes_json_and_quiet():
+    for name, command in get_command(app).commands.items():
+        assert {"as_json", "quiet"} <= {option.name for option in command.params}, name
+
+
+def test_quiet_leaves_one_line(decoded, trace, tmp_path):
+    path, source = decoded
+    broken = tmp_path / "broken.trace"
+    shutil.copytree(path, broken)
+    for part in broken.glob("requests/*.parquet"):
+        frame = pl.read_parquet(part)
+        frame.with_columns(pl.col("prompt_tokens") + 1, pl.lit("never").alias("stop_reason")).write_parquet(part)
+    for call, code, says in (
+        (("info", path), 0, "2 requests"),
+        (("check", path), 0, "every requirement"),
+        (("check", broken), 1, "fault"),
+        (("diff", trace, path), 0, "differ in"),
+        (("import", "bigmoe", source, "--out", tmp_path / "again.trace"), 0, "again.trace"),
+        (("report", path, "--out", tmp_path / "page.html"), 0, "page.html"),
+        (("hardware", "gpu=h200"), 0, "gpu=h200"),
+        (("models", "llada2-mini"), 0, "llada2-mini"),
+    ):
+        result = run(*call, "--quiet")
+        assert result.exit_code == code, (call, result.output, result.exception)
+        assert len(result.stdout.splitlines()) == 1 and says in result.stdout, (call, result.stdout)
+    listed = json.loads(run("policies", "--json").stdout)
+    assert run("policies", "--quiet").stdout.splitlines() == [f"{one['axis']} {one['name']}" for one in listed]
+
+
+def test_import_and_report_print_json(decoded, trace, tmp_path):
+    path, source = decoded
+    again = json.loads(run("import", "bigmoe", source, "--out", tmp_path / "again.trace", "--json").stdout)
+    assert again == {"trace": str(tmp_path / "again.trace"), "decisions": len(rows())}
+    page = tmp_path / "page.html"
+    told = json.loads(run("report", path, "--out", page, "--json").stdout)
+    assert told == {"report": str(page), "traces": 1, "replays": 0} and page.exists()
+
+
+def test_sentences_speak_the_words_of_the_command_line(decoded, trace):
+    path, source = decoded
+    assert "needs a value for top_p" in refused("replay", trace, "--routing", "dmoe:top_p")
+    assert "it takes none." in refused("replay", trace, "--routing", "vanilla:x=1")
+    assert "colon and nothing" in refused("sweep", trace, "--routing", "dmoe:", "--out", path.parent / "never.parquet")
+    sentence = refused("import", "bigmoe", source, "--out", path)
+    assert "--force" in sentence and "append" not in sentence
