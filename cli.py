@@ -321,7 +321,7 @@ def demo(
         return
     if not quiet:
         names = list(product(DEMO_ROUTING, DEMO_RESIDENCY))
-        show(run_table([(t.meta.model.id, names, r) for t, r in zip(traces, results, strict=True)]))
+        show(run_table([(t.meta.model.id, names, r) for t, r in zip(traces, results, strict=True)]), "the report")
         typer.echo("Rows in italics are estimates: other experts or other forwards than the recorded ones.")
         typer.echo("held: expert weights in fast memory at most; a cache that loads on demand may outgrow its budget.")
     typer.echo(f"The report is {report.resolve()}" if shown else str(report))
@@ -691,9 +691,9 @@ def hardware(
     if as_json:
         _print_json(asdict(found[0]) if name else [asdict(info) for info in found])
     elif quiet:
-        typer.echo("\n".join(info.name if info in machines else f"{info.kind}={info.name}" for info in found))
+        typer.echo("\n".join(info.spec for info in found))
     elif name:
-        typer.echo(f"{found[0].name}: {found[0].line}")
+        typer.echo(f"{found[0].spec}: {found[0].line}")
         show(hardware_values(found[0]))
     else:
         show(machine_table(machines))

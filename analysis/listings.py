@@ -58,7 +58,7 @@ def machine_table(machines: Sequence[HardwareInfo]) -> Sheet:
 
 def part_table(parts: Sequence[HardwareInfo]) -> Sheet:
     """One row a part, named as ``--hardware`` takes it."""
-    rows = [(f"{info.kind}={info.name}", info.line, _summary(info)) for info in parts]
+    rows = [(info.spec, info.line, _summary(info)) for info in parts]
     return frame_table(("part", "what it is", "values"), rows, ("part", "what it is", "values"))
 
 

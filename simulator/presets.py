@@ -100,6 +100,11 @@ class HardwareInfo:
     values: dict[str, float]
     sources: dict[str, str]
 
+    @property
+    def spec(self) -> str:
+        """Its name; of a part as a machine takes it: ``gpu=h200``."""
+        return self.name if self.kind == "machine" else f"{self.kind}={self.name}"
+
 
 def hardware_names() -> list[str]:
     """Names of the machines that come with the package."""

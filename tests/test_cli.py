@@ -429,7 +429,9 @@ def test_one_machine_or_part_has_every_value_with_its_source():
         ("nvme-gen5", "nvme_latency_s", "45.5 us"),
     ):
         one = json.loads(run("hardware", name, "--json").stdout)
-        row = next(line for line in run("hardware", name).stdout.splitlines() if line.startswith(key))
+        title, *lines = run("hardware", name).stdout.splitlines()
+        assert title.startswith(f"{one['name']}: " if one["kind"] == "machine" else f"{one['kind']}={one['name']}: ")
+        row = next(line for line in lines if line.startswith(key))
         assert amount in row and one["sources"][key] in row
     # A name that a machine has is the machine's.
     assert json.loads(run("hardware", "rtx-4090", "--json").stdout)["kind"] == "machine"
@@ -519,3 +521,36 @@ def test_sentences_speak_the_words_of_the_command_line(decoded, trace):
     assert "colon and nothing" in refused("sweep", trace, "--routing", "dmoe:", "--out", path.parent / "never.parquet")
     sentence = refused("import", "bigmoe", source, "--out", path)
     assert "--force" in sentence and "append" not in sentence
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_terminal_is_never_written_beyond(width):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    command = [sys.executable, "-m", "cli", "models"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, env=environment)
+    os.close(theirs)
+    found = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:
+            # How Linux says that the other end is closed.
+            break
+        if not piece:
+            break
+        found += piece
+    os.close(ours)
+    assert process.wait(60) == 0, process.stderr.read()
+    text = re.sub(r"\x1b\[[0-9;]*m", "", found.decode()).replace("\r\n", "\n")
+    table, _, below = text.partition("Left out of")
+    assert "…" not in table and all(len(line) <= width for line in table.splitlines() if "moetrace" not in line)
+    assert "llada2-mini" in table and " 256" in table
+    assert ("expert_bytes" in below) == (width == 40) and ("6,291,456" in table) == (width == 80)
