@@ -39,7 +39,7 @@ def _sentence(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers", "safetensors", "tokenizers"):
         return f"This verb runs a model and needs {error.name}; install it with pip install 'moetrace[capture]'."
-    if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError | NotADirectoryError):
+    if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return None
 
@@ -230,7 +230,7 @@ def replay(
     trace: TracePath,
     routing: Annotated[list[str], typer.Option(help="A routing policy, name:key=value,...; repeatable.")] = ["vanilla"],  # noqa: B006
     residency: Annotated[list[str], typer.Option(help="A residency policy, likewise.")] = ["all_resident"],  # noqa: B006
-    hardware: Annotated[list[str] | None, typer.Option(help=HARDWARE)] = None,
+    hardware: Annotated[list[str] | None, typer.Option(help=f"{HARDWARE} Repeatable.")] = None,
     fit: Annotated[Path | None, typer.Option(help="The trace that static counts popularity on; else TRACE.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for replay.parquet and replay.json.")] = None,
     force: Force = False,
@@ -467,7 +467,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="The Parquet file of results; runs it holds are not computed again.")],
     routing: Annotated[list[str], typer.Option(help="Grids inside: dmoe:top_p=0.4|0.6.")] = ["vanilla"],  # noqa: B006
     residency: Annotated[list[str], typer.Option(help="tide:budget=16|32.")] = ["all_resident"],  # noqa: B006
-    hardware: Annotated[list[str] | None, typer.Option(help=HARDWARE)] = None,
+    hardware: Annotated[list[str] | None, typer.Option(help=f"{HARDWARE} Repeatable.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one a processor.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -636,7 +636,7 @@ def policies(as_json: Json = False, quiet: Quiet = False) -> None:
 
 @app.command()
 def models(
-    name: Annotated[str | None, typer.Argument(help="One of them: its every value and where it comes from.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of them: every value and its source.", metavar="NAME")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -666,7 +666,7 @@ def models(
 @app.command()
 def hardware(
     name: Annotated[
-        str | None, typer.Argument(help="A machine, or a part as gpu=h200: its every value and its source.")
+        str | None, typer.Argument(help="A machine, or a part as gpu=h200: every value and its source.", metavar="NAME")
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,

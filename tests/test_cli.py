@@ -204,6 +204,7 @@ def test_replay_refuses_in_a_sentence(args, says, trace):
 def test_missing_trace(tmp_path):
     for verb in ("info", "check", "replay"):
         assert "nothing.trace" in refused(verb, tmp_path / "nothing.trace")
+        assert "File name too long." in refused(verb, tmp_path / ("long" * 100))
 
 
 def test_kill_during_a_capture_loses_the_open_segment_only(tmp_path):
