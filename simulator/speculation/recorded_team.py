@@ -15,7 +15,7 @@ import numpy as np
 from simulator.policy import Geometry, Trajectory
 from simulator.speculation.branch_table import BranchTable, branch_table
 from simulator.speculation.walk import accept, mark_cold, two_surest
-from tracer.decoding.accept import quotas
+from tracer.decoding.quotas import quotas
 from tracer.errors import UserError
 from tracer.jit import njit
 from tracer.trace import LayerTrace, Segment

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.tiny_models import BLOCK, EOS, FAMILIES, MASK, VOCAB, block_causal, prompt, tiny_model
 from tracer.decode import decode_llada2, decode_sdar
-from tracer.decoding.accept import accept, predict, quotas
+from tracer.decoding.accept import accept, predict
+from tracer.decoding.quotas import quotas
 from tracer.errors import UserError
 from tracer.record import record
 

@@ -1,25 +1,11 @@
 """Which masked tokens a denoising step accepts, and what it would write: the rule LLaDA2 and SDAR share.
 
-Source: the generate methods of LLaDA2.0's and SDAR's released code (threshold and quota per step). Importing this imports no
-torch, so that a replay can ask for the same quotas.
+Source: the generate methods of LLaDA2.0's and SDAR's released code (threshold and quota per step).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
-
-def quotas(block_length: int, steps: int) -> list[int]:
-    """Tokens a block must gain at each of its steps, at least one.
-
-    ``block_length / steps`` where that divides; otherwise the remainder goes to the first steps, as in the released code, so
-    that a block is always done within ``steps`` forwards. Steps beyond the block length never happen.
-    """
-    share, rest = divmod(block_length, steps)
-    return [max(1, share + (step < rest)) for step in range(steps)]
+import torch
 
 
 def accept(probability: torch.Tensor, masked: torch.Tensor, threshold: float, quota: int) -> torch.Tensor:
@@ -45,7 +31,7 @@ def accept(probability: torch.Tensor, masked: torch.Tensor, threshold: float, qu
     if threshold < 1 and int(high.sum()) >= quota:
         return high
     ranked = probability.float().masked_fill(~masked, -1.0).argsort(descending=True, stable=True)
-    chosen = masked.new_zeros(masked.shape)
+    chosen = torch.zeros_like(masked)
     chosen[ranked[:quota]] = True
     return chosen & masked
 
@@ -77,5 +63,5 @@ def predict(
     best_probability, best = choosable.max(dim=-1)
     if temperature == 0:
         return best, best_probability, best, best_probability
-    drawn = choosable.multinomial(1, generator=generator)
+    drawn = torch.multinomial(choosable, 1, generator=generator)
     return drawn.squeeze(-1), distribution.gather(-1, drawn).squeeze(-1), best, best_probability

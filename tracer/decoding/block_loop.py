@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from tracer.adapters.gate import text_config
-from tracer.decoding.accept import accept, predict, quotas
+from tracer.decoding.accept import accept, predict
 from tracer.decoding.checks import check_options, check_prompt
+from tracer.decoding.quotas import quotas
 from tracer.errors import UserError
 
 
