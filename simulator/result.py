@@ -190,7 +190,7 @@ class ReplayResult:
         paths = [folder / name for name in ("replay.parquet", "replay.json", "forwards.parquet")]
         taken = [path.name for path in paths if path.exists()]
         if taken and not force:
-            raise UserError(f"{folder} holds {taken[0]} already; name another folder or force it.")
+            raise UserError(f"{folder} holds {taken[0]} already; name another folder, or replace it with force=True.")
         cells = self._cell_tables()
         try:
             folder.mkdir(parents=True, exist_ok=True)

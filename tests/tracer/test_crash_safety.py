@@ -186,7 +186,7 @@ def test_an_existing_trace_is_replaced_only_by_force(tmp_path):
     with TraceWriter(path, recorded.meta, segment_forwards=2) as writer:
         recorded.write(writer)
     (path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists: use force to replace the trace, append to go on with it"):
+    with pytest.raises(UserError, match="exists: replace the trace with force=True, go on with it with append=True"):
         TraceWriter(path, recorded.meta)
     with pytest.raises(UserError, match=r"meta.json: model.num_experts must be a whole number"):
         TraceWriter(path, {**recorded.meta, "model": {**recorded.meta["model"], "num_experts": 0}}, force=True)

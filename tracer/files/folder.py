@@ -56,7 +56,7 @@ def take_folder(path: Path, document: dict[str, Any], force: bool, append: bool)
             read_meta_or_refuse(path)
             if not force:
                 raise UserError(
-                    f"{path} exists: use force to replace the trace, append to go on with it, or another name."
+                    f"{path} exists: replace the trace with force=True, go on with it with append=True, or give another name."
                 )
         elif any(entry.name not in (TEMPORARY_META, *TABLES) for entry in path.iterdir()):
             raise UserError(f"{path} exists and is not a trace: choose another name.")
