@@ -133,7 +133,9 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, pl.exceptions.PolarsError):
         frame = pl.DataFrame()
     if not set(NAMES) <= set(frame.columns):
-        raise UserError(f"{path} is there and is not a sweep's result; name another file, or replace it with force=True.")
+        raise UserError(
+            f"{path} is there and is not a sweep's result; name another file, or replace it with force=True."
+        )
     return list(frame.iter_rows(named=True))
 
 
