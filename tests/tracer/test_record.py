@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +26,7 @@ from tests.tiny_models import (
 from tracer.check import check
 from tracer.decode import decode_llada2, decode_own, decode_sdar
 from tracer.errors import UserError
-from tracer.parquet import open_trace
+from tracer.parquet import TraceWriter, open_trace
 from tracer.record import record
 from tracer.recording.describe import describe_model
 from tracer.recording.sink import MOST_WAITING
@@ -186,6 +188,27 @@ def test_meta_holds_no_path():
 
 class Crash(Exception):
     pass
+
+
+@pytest.mark.parametrize("nth", [2, MOST_WAITING + 3])
+def test_ctrl_c_while_a_call_is_written_loses_no_call_between_others(nth, tmp_path, monkeypatch):
+    model, written = tiny_model("llada2"), []
+    add_call = TraceWriter.add_call
+
+    def interrupted(self, *call):
+        written.append(call)
+        if len(written) == nth:
+            os.kill(os.getpid(), signal.SIGINT)
+        return add_call(self, *call)
+
+    monkeypatch.setattr(TraceWriter, "add_call", interrupted)
+    with pytest.raises(KeyboardInterrupt), record(model, tmp_path / "t") as recorder:
+        for _ in range(6):
+            decode_llada2(model, prompt(8), recorder=recorder, gen_length=2 * BLOCK, **OPTIONS)
+    assert len(written) > nth and check(tmp_path / "t") == []
+    trace = open_trace(tmp_path / "t")
+    assert trace.num_forwards == len(written)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("error", [Crash, KeyboardInterrupt])

@@ -15,6 +15,7 @@ from tracer.recording.device_call import DeviceCall
 from tracer.recording.host_call import HostCall
 from tracer.recording.step_states import StepStates
 from tracer.recording.transfer import HostCopy
+from tracer.recording.undisturbed import undisturbed
 
 # Working out several calls in a row takes a third of the time that it takes between two forwards, which push everything the
 # recorder needs out of the processor's caches. This is how many calls may wait, and their routing in bytes.
@@ -58,11 +59,12 @@ class Sink:
             self.absorb(keep=1 if call.token_ids.is_cuda else 0)
 
     def absorb(self, keep: int = 0) -> None:
-        """Work out all calls but the last ``keep``."""
-        while len(self._pending) > keep:
-            call, copy = self._pending.popleft()
-            self._pending_bytes -= call.num_rows * len(call.gates) * self._row_bytes
-            self.states.add(self._host_call(call, copy.arrays()))
+        """Work out all calls but the last ``keep``; an interrupt is raised after them, as none may be lost between others."""
+        with undisturbed():
+            while len(self._pending) > keep:
+                call, copy = self._pending.popleft()
+                self._pending_bytes -= call.num_rows * len(call.gates) * self._row_bytes
+                self.states.add(self._host_call(call, copy.arrays()))
 
     def close(self, complete: bool) -> None:
         """Write what is held back and close the writer."""
