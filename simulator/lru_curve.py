@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from simulator.caching.demand import capacity_and_sizes
 from simulator.caching.stack_distance import empty_stack, serve_stack
 from simulator.policy import ExpertStream, Geometry
 from simulator.residency.lru import Lru
@@ -125,7 +124,7 @@ class _Curves:
         # Layers of equal bytes have equal capacities.
         alike = [None if at is None else geometry.expert_bytes[geometry.layers[at]] for at in scopes]
         found = {
-            key: [capacity_and_sizes(policy, geometry, at, self.shared) for policy in policies]
+            key: [policy.capacity_and_sizes(geometry, at) for policy in policies]
             for key, at in dict(zip(alike, scopes, strict=True)).items()
         }
         capacities = np.array([[capacity[0] for capacity, _ in found[key]] for key in alike], np.int64)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from simulator.budget import Budgeted
-from simulator.caching.demand import capacity_and_sizes, demand_placement
+from simulator.caching.demand import DemandCache
 from simulator.caching.next_use import NEVER, Resident, empty, note_first, note_places, queues, serve
 from simulator.policy import ExpertStream, Geometry, Placement
 from tracer.trace import ForwardTable
@@ -28,21 +27,10 @@ class LookAhead(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Belady(Budgeted):
-    """Load on demand, evict what is needed again last (two passes over the trace).
+class Belady(DemandCache):
+    """Load on demand, evict what is needed again last (two passes over the trace)."""
 
-    Parameters
-    ----------
-    scope : str
-        "layer": each layer has a cache of its own, counted in experts; "global": one cache over all layers, in bytes.
-    """
-
-    scope: Literal["layer", "global"] = "layer"
-
-    requires: ClassVar[frozenset[str]] = frozenset()
-    on_demand: ClassVar[bool] = True
     passes: ClassVar[int] = 2
-    together: ClassVar[bool] = True
     ordered: ClassVar[bool] = False
     notes: ClassVar[tuple[str, ...]] = ("belady knows the future: a bound, not something to run.",)
 
@@ -57,7 +45,7 @@ class Belady(Budgeted):
 
         Takes four bytes an expert and stream. The streams must then be placed as they are, one by one.
         """
-        capacity, sizes = capacity_and_sizes(self, geometry, layer, self.scope == "global")
+        capacity, sizes = self.capacity_and_sizes(geometry, layer)
         keys = geometry.num_experts * len(sizes)
         several = geometry.num_experts if layer is None else 0
         found: list[LookAhead] = []
@@ -90,5 +78,5 @@ class Belady(Budgeted):
         cells = stream.offsets, stream.experts, stream.cell_layer
         lookups = note_places(*cells, sizes, len(capacity), place_of, places, after)
         known_places = places, after, place_of, queues(lookups, keys)
-        placement = demand_placement(serve, stream, self.scope == "global", sizes, *known_places, capacity, cache)
+        placement = self.served(serve, stream, sizes, *known_places, capacity, cache)
         return placement, (cache, capacity, sizes, ahead[1:])

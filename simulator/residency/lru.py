@@ -8,12 +8,11 @@ batch and never evicts what the batch touched, so a batch larger than the budget
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from simulator.budget import Budgeted
-from simulator.caching.demand import capacity_and_sizes, demand_placement
+from simulator.caching.demand import DemandCache
 from simulator.policy import ExpertStream, Geometry, Placement
 from tracer.jit import njit
 from tracer.trace import ForwardTable
@@ -29,25 +28,14 @@ class Recency(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lru(Budgeted):
-    """Load on demand, evict the least recently used.
+class Lru(DemandCache):
+    """Load on demand, evict the least recently used."""
 
-    Parameters
-    ----------
-    scope : str
-        "layer": each layer has a cache of its own, counted in experts; "global": one cache over all layers, in bytes.
-    """
-
-    scope: Literal["layer", "global"] = "layer"
-
-    requires: ClassVar[frozenset[str]] = frozenset()
-    on_demand: ClassVar[bool] = True
     passes: ClassVar[int] = 1
-    together: ClassVar[bool] = True
 
     def start(self, geometry: Geometry, layer: int | None) -> tuple[Recency, np.ndarray, np.ndarray]:
         """Empty caches, their capacities in experts (scope "layer") or bytes, and the sizes of experts likewise."""
-        capacity, sizes = capacity_and_sizes(self, geometry, layer, self.scope == "global")
+        capacity, sizes = self.capacity_and_sizes(geometry, layer)
         keys, caches = geometry.num_experts * len(sizes), len(capacity)
         cache = Recency(
             queue=np.zeros(4 * keys, np.int64),
@@ -62,8 +50,7 @@ class Lru(Budgeted):
     ) -> tuple[Placement, Any]:
         """Serve the cells in order; each is one batch."""
         cache, capacity, sizes = Recency(*(a.copy() for a in state[0])), state[1], state[2]
-        shared = self.scope == "global"
-        placement = demand_placement(_serve, stream, shared, sizes, stream.last_touch, capacity, cache)
+        placement = self.served(_serve, stream, sizes, stream.last_touch, capacity, cache)
         return placement, (cache, capacity, sizes)
 
 
