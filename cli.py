@@ -615,23 +615,17 @@ def policies(as_json: Json = False, quiet: Quiet = False) -> None:
     """
     from dataclasses import asdict
 
+    from analysis.listings import policy_table
     from analysis.tables import show
-    from analysis.terminal import frame_table
     from simulator.registry import list_policies
 
     found = [(axis, policy) for axis in ("acceptance", "routing", "residency") for policy in list_policies(axis)]
     if as_json:
         _print_json([{"axis": axis, **asdict(policy)} for axis, policy in found])
-        return
-    if quiet:
+    elif quiet:
         typer.echo("\n".join(f"{axis} {policy.name}" for axis, policy in found))
-        return
-    rows = []
-    for axis, policy in found:
-        named = ", ".join(k if v is None else f"{k}={v}" for k, v in policy.parameters.items())
-        rows.append((axis, policy.name, policy.line, named, policy.source))
-    columns = ("axis", "name", "what it does", "parameters", "source")
-    show(frame_table(columns, rows, columns[:2], ("name", "axis", *columns[2:])))
+    else:
+        show(policy_table(found))
 
 
 @app.command()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from simulator.replay_files import files_in
 from tracer.errors import UserError
-
-REPLAY_FILES = ("replay.parquet", "replay.json", "forwards.parquet")
 
 
 def destination(path: Path, kind: str, force: bool = False, resume: bool | None = None) -> None:
@@ -84,15 +83,9 @@ def _file(path: Path, kind: str, force: bool) -> None:
         return
     if kind != "results":
         raise UserError(f"{path} is already there; name another file or pass --force to replace it.")
-    import polars as pl
+    from simulator.sweep_table import is_result
 
-    from simulator.sweep_table import NAMES
-
-    try:
-        found = set(pl.read_parquet_schema(path))
-    except (OSError, pl.exceptions.PolarsError):
-        found = set()
-    if not set(NAMES) <= found:
+    if not is_result(path):
         raise UserError(f"{path} is no sweep's result; name another file or pass --force to replace it.")
 
 
@@ -105,19 +98,16 @@ def _folder(path: Path, kind: str, force: bool, resume: bool | None) -> None:
     if kind == "replay":
         if trace:
             raise UserError(f"{path} is a trace; name another folder for the replay.")
-        taken = [name for name in REPLAY_FILES if (path / name).exists()]
+        taken = files_in(path)
         if taken and not force:
             raise UserError(f"{path} holds {taken[0]} already; name another folder or pass --force to replace it.")
         return
     if trace and not (force or resume):
         other = "" if resume is None else ", --resume goes on with it"
         raise UserError(f"{path} is already there; name another folder, or --force replaces the trace{other}.")
-    from tracer.files.folder import read_meta_or_refuse
-    from tracer.meta import TEMPORARY_META
-    from tracer.schema import TABLES
+    from tracer.files.folder import holds_others, read_meta_or_refuse
 
     if trace:
         read_meta_or_refuse(path)
-    elif any(entry.name not in (TEMPORARY_META, *TABLES) for entry in path.iterdir()):
-        # What a writer leaves that was stopped before its first segment may be written over, nothing else.
+    elif holds_others(path):
         raise UserError(f"{path} is there and is not a trace; name another folder.")

@@ -1,14 +1,15 @@
-"""Machines, their parts and models as lists, and one of them with the source of every value."""
+"""Policies, machines, their parts and models as lists, and one of the latter with the source of every value."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from analysis.tables import Sheet
 from analysis.terminal import frame_table, plain
 from simulator.model_presets import ModelSpec
 from simulator.presets import HardwareInfo
+from simulator.registry import PolicyInfo
 
 HOW = (
     "moetrace hardware NAME has the source of every value, of a part as gpu=h200. In --hardware a machine takes other "
@@ -45,6 +46,16 @@ SHORT = {
 }
 """What a list says of a part."""
 MODEL_COLUMNS = ("name", "num_layers", "num_experts", "top_k", "hidden_size", "moe_intermediate_size", "expert_bytes")
+
+
+def policy_table(policies: Iterable[tuple[str, PolicyInfo]]) -> Sheet:
+    """One row a policy: its axis, name, what it does, parameters with defaults, source."""
+    rows = []
+    for axis, policy in policies:
+        named = ", ".join(k if v is None else f"{k}={v}" for k, v in policy.parameters.items())
+        rows.append((axis, policy.name, policy.line, named, policy.source))
+    columns = ("axis", "name", "what it does", "parameters", "source")
+    return frame_table(columns, rows, columns[:2], ("name", "axis", *columns[2:]))
 
 
 def machine_table(machines: Sequence[HardwareInfo]) -> Sheet:

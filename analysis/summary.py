@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from simulator.replay_files import CELLS, DOCUMENT, FORWARDS
 from tracer.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def read_replay(folder: str | Path) -> ReplaySummary:
         A file is missing or is not what its name says.
     """
     folder = Path(folder)
-    told, cells, ran = (folder / name for name in ("replay.json", "replay.parquet", "forwards.parquet"))
+    told, cells, ran = (folder / name for name in (DOCUMENT, CELLS, FORWARDS))
     for path in (told, cells):
         if not path.is_file():
             raise UserError(f"{folder} holds no {path.name}; name a folder that moetrace replay --out wrote.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.policy import Trajectory
+from simulator.replay_files import REPLAY_FILES, files_in
 from simulator.streams.spool import Spool
 from simulator.tallies.cells import PlacedCells, RoutedCells
 from tracer.errors import UserError
@@ -187,8 +188,8 @@ class ReplayResult:
         folder = Path(folder)
         if (folder / "meta.json").exists():
             raise UserError(f"{folder} is a trace; name another folder for the replay.")
-        paths = [folder / name for name in ("replay.parquet", "replay.json", "forwards.parquet")]
-        taken = [path.name for path in paths if path.exists()]
+        paths = [folder / name for name in REPLAY_FILES]
+        taken = files_in(folder)
         if taken and not force:
             raise UserError(f"{folder} holds {taken[0]} already; name another folder, or replace it with force=True.")
         cells = self._cell_tables()

@@ -118,6 +118,16 @@ def _ends(key: str, interval: Sequence[float] | None) -> Row:
     return {f"{key}.low": low, f"{key}.high": high}
 
 
+def is_result(path: Path) -> bool:
+    """Whether a file is a Parquet file with a sweep's columns."""
+    import polars as pl
+
+    try:
+        return set(NAMES) <= set(pl.read_parquet_schema(path))
+    except (OSError, pl.exceptions.PolarsError):
+        return False
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of a sweep's file.
 
@@ -129,14 +139,12 @@ def read_rows(path: Path) -> list[Row]:
     import polars as pl
 
     try:
-        frame = pl.read_parquet(path)
+        if is_result(path):
+            return list(pl.read_parquet(path).iter_rows(named=True))
     except (OSError, pl.exceptions.PolarsError):
-        frame = pl.DataFrame()
-    if not set(NAMES) <= set(frame.columns):
-        raise UserError(
-            f"{path} is there and is not a sweep's result; name another file, or replace it with force=True."
-        )
-    return list(frame.iter_rows(named=True))
+        # Its end is there, what comes before it is damaged.
+        pass
+    raise UserError(f"{path} is there and is not a sweep's result; name another file, or replace it with force=True.")
 
 
 def frame_of(rows: Iterable[Row]) -> pl.DataFrame:

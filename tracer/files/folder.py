@@ -55,15 +55,25 @@ def take_folder(path: Path, document: dict[str, Any], force: bool, append: bool)
         if (path / META_FILE).exists():
             read_meta_or_refuse(path)
             if not force:
-                raise UserError(
-                    f"{path} exists: replace the trace with force=True, go on with it with append=True, or give another name."
-                )
-        elif any(entry.name not in (TEMPORARY_META, *TABLES) for entry in path.iterdir()):
+                raise there_already(path)
+        elif holds_others(path):
             raise UserError(f"{path} exists and is not a trace: choose another name.")
         remove_parts(path, 0)
         (path / META_FILE).unlink(missing_ok=True)
     path.mkdir(parents=True, exist_ok=True)
     return Start(document)
+
+
+def there_already(path: Path) -> UserError:
+    """What is said of a trace that is neither to be replaced nor to be gone on with."""
+    return UserError(
+        f"{path} exists: replace the trace with force=True, go on with it with append=True, or give another name."
+    )
+
+
+def holds_others(path: Path) -> bool:
+    """Whether a folder holds anything but what a writer leaves that was stopped before its first segment."""
+    return any(entry.name not in (TEMPORARY_META, *TABLES) for entry in path.iterdir())
 
 
 def read_meta_or_refuse(path: Path) -> None:

@@ -292,5 +292,7 @@ def _first_request(out: Any, options: RecordOptions) -> int:
         numbers = open_trace(out).requests["request_id"]
         return max(numbers.to_list(), default=-1) + 1 if known is None else known
     if not options.force:
-        raise UserError(f"{out} exists: use force to replace the trace, append to go on with it, or another name.")
+        from tracer.files.folder import there_already
+
+        raise there_already(Path(out))
     return known or 0
