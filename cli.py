@@ -119,7 +119,7 @@ def capture(
     ] = False,
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Store the prompts' text in the trace.")] = False,
     compact: Annotated[
-        bool, typer.Option("--compact", help="Smaller files; ids and weights as what differs from call to call.")
+        bool, typer.Option("--compact", help="Smaller weights and scores, which polars and DuckDB cannot read.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished prompt.")] = False,
     force: Force = False,
@@ -196,7 +196,10 @@ def info(trace: TracePath, as_json: Json = False, quiet: Quiet = False) -> None:
     from analysis.tables import show
     from analysis.terminal import facts_table
 
+    notes = facts.pop("notes")
     show(facts_table(facts))
+    for note in notes:
+        typer.echo(note)
 
 
 @app.command()
@@ -486,8 +489,9 @@ def sweep(
 
     destination(out, "results", force)
     with bar("sweep", not (as_json or quiet)) as on_segment:
+        opened = open_trace(trace)
         result = run_sweep(
-            open_trace(trace),
+            opened,
             routing,
             residency,
             hardware or None,
@@ -505,6 +509,8 @@ def sweep(
         if "unique_experts" in columns:
             columns = [name for name in columns if name != f"unique_experts{ALL_KINDS}"]
         show(frame_table(columns, front.select(columns).iter_rows(), SWEEP_COLUMNS[:3], SWEEP_ORDER), str(result.path))
+        for note in opened.notes:
+            typer.echo(note)
     typer.echo(
         f"{result.path}: {len(result.rows)} runs, {result.computed} computed now; {front.height} of them on the Pareto front"
     )

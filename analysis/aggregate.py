@@ -203,7 +203,8 @@ def block_progress(forwards: pl.DataFrame) -> pl.DataFrame:
     """How a block fills up: tokens masked before a denoise step and accepted by it, mean over all blocks.
 
     A block that is finished counts as 0 masked and 0 accepted from there on, so the accepted column adds up to the mean
-    number of tokens decoded a block. Returns ``step``, ``masked``, ``accepted``, ``blocks`` (still running).
+    number of tokens decoded a block. Returns ``step``, ``masked``, ``accepted`` (null where the trace does not say),
+    ``blocks`` (still running).
     """
     steps = forwards.filter((pl.col("kind") == "denoise") & (pl.col("block") >= 0))
     total = max(1, steps.select("request_id", "block").n_unique())
@@ -211,17 +212,21 @@ def block_progress(forwards: pl.DataFrame) -> pl.DataFrame:
     sums = (
         steps.group_by(pl.col("step") // width * width)
         .agg(
-            pl.col("num_masked").cast(pl.Int64).sum().alias("masked"),
-            pl.col("num_accepted").cast(pl.Int64).sum().alias("accepted"),
+            _known_sum("num_masked").alias("masked"),
+            _known_sum("num_accepted").alias("accepted"),
             pl.struct("request_id", "block").n_unique().alias("blocks"),
         )
         .sort("step")
     )
     # Divided in NumPy: polars multiplies by the reciprocal of a scalar, which is off by a bit.
     return sums.with_columns(
-        pl.Series("masked", sums["masked"].to_numpy() / (total * width), pl.Float64),
-        pl.Series("accepted", sums["accepted"].to_numpy() / total, pl.Float64),
+        pl.Series("masked", sums["masked"].to_numpy() / (total * width), pl.Float64).fill_nan(None),
+        pl.Series("accepted", sums["accepted"].to_numpy() / total, pl.Float64).fill_nan(None),
     )
+
+
+def _known_sum(column: str) -> pl.Expr:
+    return pl.when(pl.col(column).null_count() == 0).then(pl.col(column).cast(pl.Int64).sum())
 
 
 def load_by_rank(load: pl.DataFrame, num_experts: int) -> pl.DataFrame:

@@ -64,6 +64,7 @@ def block_progress(frame: pl.DataFrame) -> alt.TopLevelMixin:
         bounded(frame, "block progress")
         .rename(names)
         .unpivot(list(names.values()), index=["step", "blocks"], variable_name="what", value_name="tokens")
+        .drop_nulls("tokens")
     )
     base = alt.Chart(long).encode(
         x=alt.X("step:Q", title="denoise step inside the block", axis=whole_numbers(frame, "step")),

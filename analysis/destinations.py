@@ -105,9 +105,6 @@ def _folder(path: Path, kind: str, force: bool, resume: bool | None) -> None:
     if trace and not (force or resume):
         other = "" if resume is None else ", --resume goes on with it"
         raise UserError(f"{path} is already there; name another folder, or --force replaces the trace{other}.")
-    from tracer.files.folder import holds_others, read_meta_or_refuse
+    from tracer.files.folder import refuse_unless_trace
 
-    if trace:
-        read_meta_or_refuse(path)
-    elif holds_others(path):
-        raise UserError(f"{path} is there and is not a trace; name another folder.")
+    refuse_unless_trace(path)

@@ -113,7 +113,9 @@ def _traces(one: Any, other: Any, name: str, other_name: str) -> tuple[list[dict
     from tracer.summary import describe
 
     rows = []
-    facts = [{(p, f): v for p, f, v in _flat(describe(trace)) if (p, f) != ("trace", "path")} for trace in (one, other)]
+    described = [describe(trace) for trace in (one, other)]
+    told = [note for facts in described for note in facts.pop("notes")]
+    facts = [{(p, f): v for p, f, v in _flat(one) if (p, f) != ("trace", "path")} for one in described]
     for part, figure in dict.fromkeys([*facts[0], *facts[1]]):
         values = (facts[0].get((part, figure)), facts[1].get((part, figure)))
         if values != (None, None):
@@ -130,7 +132,7 @@ def _traces(one: Any, other: Any, name: str, other_name: str) -> tuple[list[dict
         for who, result in ((name, results[0]), (other_name, results[1]))
         for frame, why in result.reasons.items()
     ]
-    notes = ["Overlap depends on how many tokens a step accepts; compare that figure first.", *notes]
+    notes = [*told, "Overlap depends on how many tokens a step accepts; compare that figure first.", *notes]
     return rows, [*_popularity({name: results[0], other_name: results[1]}, settings), *notes]
 
 

@@ -28,10 +28,12 @@ def trace_findings(trace: TraceSummary) -> list[str]:
     denoise = trace.forwards.filter(pl.col("kind") == "denoise")
     steps = denoise.height
     if steps:
-        accepted = int(denoise["num_accepted"].sum())
+        accepted = denoise["num_accepted"]
         blocks = denoise.select("request_id", "block").n_unique()
         sentences.append(
-            f"A denoise forward accepts {accepted / steps:.2f} tokens on average, and a block takes "
+            f"A block takes {steps / blocks:.1f} denoise forwards on average."
+            if accepted.null_count()
+            else f"A denoise forward accepts {int(accepted.sum()) / steps:.2f} tokens on average, and a block takes "
             f"{steps / blocks:.1f} of them."
         )
     return sentences

@@ -134,7 +134,7 @@ def render(traces: Sequence[TraceSummary], results: Sequence[ReplaySummary]) -> 
     sections.residency(out, replayed)
     sections_interval.interval(out, traces)
     sections.cost(out, replayed)
-    sections.notes(out, replayed)
+    sections.notes(out, traces, replayed)
     sections.provenance(out, traces, replayed)
     return out.html()
 

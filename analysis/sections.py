@@ -241,14 +241,14 @@ def cost(out: Page, replayed: Sequence[Replayed]) -> None:
     out.section("cost", "Cost", *(parts or [paragraph(why, "empty")]))
 
 
-def notes(out: Page, replayed: Sequence[Replayed]) -> None:
+def notes(out: Page, traces: Sequence[TraceSummary], replayed: Sequence[Replayed]) -> None:
     """Limits of the method, and every note of every run once."""
     limits = [GATE]
     if any(r.runs["estimate"].any() for r in replayed):
         limits.insert(0, OPEN_LOOP)
     if any(r.runs["tokens_per_s"].count() for r in replayed):
         limits.append(COSTED)
-    parts = [bullets(limits)]
+    parts = [bullets([*(note for trace in traces for note in trace.notes), *limits])]
     for r in replayed:
         told: dict[str, list[str]] = {}
         labels = r.runs["label"].to_list()

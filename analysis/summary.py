@@ -26,8 +26,9 @@ class TraceSummary:
     ``meta`` is meta.json as a dict. ``forwards`` has the columns of the trace's forwards table (``kind`` as a string), one
     row a (call, request). ``load``: ``layer``, ``expert_id``, ``tokens`` (rows that the expert was selected for, all
     forwards; experts never selected may be absent). ``bytes_on_disk``: bytes of each table's parts; ``cell_bytes``: of the
-    compressed cells of ``expert_ids`` and ``gate_weights``. ``consistency``, if given: what ``analysis.metrics.consistency``
-    found; ``intervals``: what ``simulator.interval.find_interval`` found, one a budget and machine.
+    compressed columns ``expert_ids``, keys with it, and ``gate_weights``. ``notes``: what every figure of the trace
+    needs. ``consistency``, if given: what ``analysis.metrics.consistency`` found; ``intervals``: what
+    ``simulator.interval.find_interval`` found, one a budget and machine.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TraceSummary:
     load: pl.DataFrame
     bytes_on_disk: Mapping[str, int] = field(default_factory=dict)
     cell_bytes: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     consistency: ConsistencyResult | None = None
     intervals: Sequence[IntervalResult] = ()
 
@@ -97,8 +99,8 @@ def summarise_trace(trace: Any, name: str | None = None) -> TraceSummary:
     )
     cell_bytes = dict.fromkeys(("expert_ids", "gate_weights"), 0)
     for part in trace.parts("routing"):
-        for column in cell_bytes:
-            cell_bytes[column] += part.cell_bytes(column)[0]
+        cell_bytes["expert_ids"] += sum(map(part.compressed_bytes, ("forward_id", "layer", "row", "expert_ids")))
+        cell_bytes["gate_weights"] += part.compressed_bytes("gate_weights")
     path = Path(trace.path)
     return TraceSummary(
         name=name or path.name.removesuffix(".trace"),
@@ -108,6 +110,7 @@ def summarise_trace(trace: Any, name: str | None = None) -> TraceSummary:
         load=load,
         bytes_on_disk=trace.bytes_on_disk(),
         cell_bytes=cell_bytes,
+        notes=tuple(trace.notes),
     )
 
 

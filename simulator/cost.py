@@ -67,9 +67,11 @@ class CostModel:
         if not self.pair_flops or not len(rows):
             return seconds
         # A branch of a speculative call sees the cached tokens and itself.
-        context = forwards.kv_tokens + forwards.num_tokens // np.maximum(forwards.branches, 1)
+        # where the prefix is not known, which a note says, it costs nothing
+        prefix = np.maximum(forwards.kv_tokens, 0)
+        context = prefix + forwards.num_tokens // np.maximum(forwards.branches, 1)
         starts = forwards.part_offsets[:-1]
-        cached = np.add.reduceat(forwards.kv_tokens, starts)
+        cached = np.add.reduceat(prefix, starts)
         pairs = np.add.reduceat(forwards.num_tokens * context, starts)
         moved = self.cached_bytes * cached / machine.gpu_bytes_per_s
         return seconds + np.maximum(moved, self.pair_flops * pairs / machine.gpu_flops)

@@ -132,7 +132,7 @@ def find_interval(
         done += forwards.num_forwards
         if progress is not None:
             progress(done, None if calls is None else int(calls))
-    notes = (CAVEAT, *((machine.note,) if machine.note else ()))
+    notes = (CAVEAT, *getattr(trace, "notes", ()), *((machine.note,) if machine.note else ()))
     return _solve(cells, geometry, machine.cost, hardware, steps, notes)
 
 

@@ -5,12 +5,13 @@ A trace's own ``meta.json`` always wins over a preset.
 
 from __future__ import annotations
 
-import math
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from simulator.preset_files import Text, preset_model, read_preset
 from tracer.errors import UserError
 from tracer.schema import SCORE_FUNCTIONS
 
@@ -64,15 +65,20 @@ class ModelSpec:
         return tuple(range(self.num_dense_layers, self.num_layers))
 
 
-TEXTS = ("model_type", "class_name", "dtype", "score_function")
-FLAGS = ("norm_topk_prob", "expert_bias")
-NUMBERS = ("routed_scaling_factor", "threshold")
-COUNTS = tuple(
-    name
-    for name in ModelSpec.__annotations__
-    if name not in ("name", "description", "sources", *TEXTS, *FLAGS, *NUMBERS)
-)
 MAY_BE_ZERO = ("num_dense_layers", "num_shared_experts", "mask_id", "eos_id")
+
+_FROM_0 = Annotated[int, Field(ge=0, description="a whole number from 0")]
+_TYPES = {
+    "str | None": Text,
+    "bool | None": Annotated[bool, Field(description="true or false")],
+    "int | None": Annotated[int, Field(ge=1, description="a whole number from 1")],
+    "float | None": Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number above 0")],
+}
+_FILE = preset_model(
+    {name: _TYPES[kind] for name, kind in ModelSpec.__annotations__.items() if kind in _TYPES}
+    | {"score_function": Annotated[Literal["softmax", "sigmoid"], Field(description=" or ".join(SCORE_FUNCTIONS))]}
+    | dict.fromkeys(MAY_BE_ZERO, _FROM_0)
+)
 
 
 def model_names() -> list[str]:
@@ -98,39 +104,10 @@ def load_model_spec(name: str) -> ModelSpec:
         raise UserError(
             f"There is no model preset {name!r}; there are {', '.join(model_names())}, or give a .toml file."
         )
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The model file {path.name} is not TOML: {error}.") from error
-    description = str(document.pop("description", ""))
-    known = (*TEXTS, *FLAGS, *COUNTS, *NUMBERS)
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for key, entry in document.items():
-        if key not in known:
-            raise UserError(f"The model file {path.name} has an unknown entry {key}; it takes {', '.join(known)}.")
-        if not isinstance(entry, dict) or "value" not in entry:
-            raise UserError(f"{key} in the model file {path.name} has no value; write [{key}] with value and source.")
-        source = entry.get("source")
-        if not isinstance(source, str) or not source.strip():
-            raise UserError(f"{key} in the model file {path.name} has no source; say where the value comes from.")
-        values[key], sources[key] = _checked(key, entry["value"], path.name), source
-    return ModelSpec(name=path.stem, description=description, sources=sources, **values)
-
-
-def _checked(key: str, value: Any, file: str) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if key in TEXTS:
-        right, wanted = isinstance(value, str) and value.strip() != "", "a text"
-        if key == "score_function":
-            right, wanted = value in SCORE_FUNCTIONS, " or ".join(SCORE_FUNCTIONS)
-    elif key in FLAGS:
-        right, wanted = isinstance(value, bool), "true or false"
-    elif key in COUNTS:
-        lowest = 0 if key in MAY_BE_ZERO else 1
-        right, wanted = number and isinstance(value, int) and value >= lowest, f"a whole number from {lowest}"
-    else:
-        right, wanted = number and value > 0, "a number above 0"
-    if not right:
-        raise UserError(f"{key} = {value} in the model file {file} is not {wanted}; mend it.")
-    return value
+    texts, given = read_preset(path, "model", _FILE)
+    return ModelSpec(
+        name=path.stem,
+        description=texts["description"],
+        sources={key: source for key, (_, source) in given.items()},
+        **{key: value for key, (value, _) in given.items()},
+    )

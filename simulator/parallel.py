@@ -175,7 +175,7 @@ def parallel_runs(
     for done, policy in enumerate(plan.routings, 1):
         simulated = describe(plan.acceptances[plan.acceptance_of[done - 1]])["name"] != "recorded"
         estimate, trust = trusted(policy, geometry, simulated)
-        told = {"estimate": estimate, "notes": [trust, *getattr(policy, "notes", ())]}
+        told = {"estimate": estimate, "notes": [trust, *getattr(trace, "notes", ()), *getattr(policy, "notes", ())]}
         for load in _groups(partial(routed_streams, trace, policy), geometry, groups):
             found.append({"routing": describe(policy), **load.summary, **told})
         if progress is not None:

@@ -8,14 +8,15 @@ between them may be; the slower one counts.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
+from simulator.preset_files import Text, preset_model, read_preset
 from tracer.errors import UserError
 
 FOLDER = Path(__file__).parent / "presets" / "hardware"
@@ -84,6 +85,12 @@ NO_VALUES = ("name", "description", "sources", "line", "parts")
 OPTIONAL = tuple(key for kind in OPTIONAL_PARTS for key in PARTS[kind])
 VALUES = tuple(f.name for f in fields(Hardware) if f.name not in (*NO_VALUES, *OPTIONAL))
 """Numbers every machine has."""
+
+_Number = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number above 0")]
+_Zero = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a number of at least 0")]
+_NUMBERS = {key: _Zero if key in MAY_BE_ZERO else _Number for key in (*VALUES, *OPTIONAL)}
+_FILES = {kind: preset_model({key: _NUMBERS[key] for key in keys}) for kind, keys in PARTS.items()}
+_FILES["machine"] = preset_model(_NUMBERS, dict.fromkeys(PARTS, Text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +168,10 @@ def _info(machine: Hardware) -> HardwareInfo:
 
 
 def _part_info(kind: str, name: str) -> HardwareInfo:
-    description, given = _read(FOLDER / kind / f"{name}.toml", PARTS[kind])[:2]
+    texts, given = _read(FOLDER / kind / f"{name}.toml", kind)
     values = {key: value for key, (value, _) in given.items()}
-    return HardwareInfo(kind, name, description, {}, values, {key: source for key, (_, source) in given.items()})
+    sources = {key: source for key, (_, source) in given.items()}
+    return HardwareInfo(kind, name, texts["description"], {}, values, sources)
 
 
 def load_hardware(name: str, parts: Mapping[str, str] | None = None) -> Hardware:
@@ -194,7 +202,8 @@ def load_hardware(name: str, parts: Mapping[str, str] | None = None) -> Hardware
     for kind in asked:
         if kind not in PARTS:
             raise UserError(f"A machine has no part {kind!r}; its parts are {', '.join(PARTS)}.")
-    description, given, named = _read(path, (*VALUES, *OPTIONAL), with_parts=True)
+    named, given = _read(path, "machine")
+    description = named.pop("description")
     merged: dict[str, tuple[float, str]] = {}
     for kind, keys in PARTS.items():
         chosen = _part(kind, asked[kind]) if kind in asked else _part(kind, named[kind]) if kind in named else {}
@@ -203,14 +212,18 @@ def load_hardware(name: str, parts: Mapping[str, str] | None = None) -> Hardware
         for key, entry in chosen.items():
             # Only the bus is given twice, by both its ends.
             merged[key] = min(merged[key], entry, key=lambda e: e[0]) if key in merged else entry
+    faults: list[str] = []
+    told: set[str] = set()
     for kind, keys in PARTS.items():
-        present = [key for key in keys if key in merged]
-        lacking = [key for key in keys if key not in merged]
-        if lacking and (present or kind not in OPTIONAL_PARTS):
-            raise UserError(
-                f"The hardware file {path.name} has no {lacking[0]}; add [{lacking[0]}] with value and source, "
-                f"or a part: {kind} = NAME."
+        lacking = [key for key in keys if key not in merged and key not in told]
+        if lacking and (len(lacking) < len(keys) or kind not in OPTIONAL_PARTS):
+            told.update(lacking)
+            more = " and so on" if len(lacking) > 1 else ""
+            faults.append(
+                f"no {', '.join(lacking)}; add [{lacking[0]}] with value and source{more}, or a part: {kind} = NAME"
             )
+    if faults:
+        raise UserError(f"The hardware file {path.name} has {'; and '.join(faults)}.")
     line = None
     if PARTS["line"][0] in merged:
         line = Line(*(merged[key][0] for key in PARTS["line"]))
@@ -239,34 +252,9 @@ def _part(kind: str, name: str) -> dict[str, tuple[float, str]]:
         return {key: (value, f"given as line={name}") for key, value in zip(PARTS[kind], values, strict=True)}
     if name not in part_names(kind):
         raise UserError(f"There is no {kind} part {name!r}; there are {', '.join(part_names(kind))}.")
-    return _read(FOLDER / kind / f"{name}.toml", PARTS[kind])[1]
+    return _read(FOLDER / kind / f"{name}.toml", kind)[1]
 
 
-def _read(
-    path: Path, keys: tuple[str, ...], with_parts: bool = False
-) -> tuple[str, dict[str, tuple[float, str]], dict[str, str]]:
-    """A file's description, its numbers with their sources, and the parts it names."""
-    try:
-        document: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The hardware file {path.name} is not TOML: {error}.") from error
-    description = str(document.pop("description", ""))
-    named: dict[str, str] = {}
-    if with_parts:
-        document.pop(MEASUREMENTS, None)
-        named = {kind: str(document.pop(kind)) for kind in PARTS if kind in document}
-    given = {}
-    for key, entry in document.items():
-        if key not in keys:
-            takes = (*keys, *PARTS) if with_parts else keys
-            raise UserError(f"The hardware file {path.name} has an unknown entry {key}; it takes {', '.join(takes)}.")
-        if not isinstance(entry, dict) or "value" not in entry:
-            raise UserError(f"The hardware file {path.name} has no {key}; add [{key}] with value and source.")
-        value, source = entry["value"], entry.get("source")
-        if not isinstance(source, str) or not source.strip():
-            raise UserError(f"{key} in the hardware file {path.name} has no source; say where the number comes from.")
-        right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not right or value < 0 or (value == 0 and key not in MAY_BE_ZERO):
-            raise UserError(f"{key} = {value} in the hardware file {path.name} is no positive number; mend it.")
-        given[key] = (float(value), source)
-    return description, given, named
+def _read(path: Path, kind: str) -> tuple[dict[str, str], dict[str, tuple[float, str]]]:
+    """The description and parts that a file names, and its numbers with their sources."""
+    return read_preset(path, "hardware", _FILES[kind], MEASUREMENTS if kind == "machine" else None)

@@ -88,7 +88,7 @@ def replay(
             progress(done, None if calls is None else passes * int(calls))
 
     with ThreadPoolExecutor(threads) as pool, closing(StreamSpool()) as spool:
-        runner = _Runner(plan, pool, spool, keep_cells)
+        runner = _Runner(plan, pool, spool, keep_cells, getattr(trace, "notes", ()))
         if plan.two_passes:
             for segment in trace.segments():
                 runner.survey(segment)
@@ -102,7 +102,9 @@ def replay(
 class _Runner:
     """Policy states and tallies of a replay between segments."""
 
-    def __init__(self, plan: Plan, pool: ThreadPoolExecutor, spool: StreamSpool, keep_cells: bool) -> None:
+    def __init__(
+        self, plan: Plan, pool: ThreadPoolExecutor, spool: StreamSpool, keep_cells: bool, notes: Iterable[str] = ()
+    ) -> None:
         geometry = plan.geometry
         self.plan, self.pool, self.spool, self.keep_cells = plan, pool, spool, keep_cells
         self.router = Router(plan)
@@ -118,7 +120,7 @@ class _Runner:
         # Cells by (routing, residency), forwards by acceptance.
         self.tables = Spool()
         self.simulated = [False] * len(plan.acceptances)
-        self.notes: list[list[str]] = [[] for _ in plan.acceptances]
+        self.notes: list[list[str]] = [list(notes) for _ in plan.acceptances]
         self.requests: set[int] = set()
         self.recorded_forwards = 0
         # What a first pass routed; None without one, and from when on it is too much.

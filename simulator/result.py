@@ -48,12 +48,12 @@ FORWARD_TYPES = {
     "block": np.int32,
     "step": np.int32,
     "num_tokens": np.uint32,
-    "num_masked": np.uint32,
-    "num_accepted": np.uint32,
+    "num_masked": np.int64,
+    "num_accepted": np.int64,
     "branches": np.uint8,
     "chosen_branch": np.int16,
 }
-"""Columns of ``forwards.parquet`` in order; there and in frames ``kind`` is its name, not its code."""
+"""Columns of ``forwards.parquet`` in order, -1 unknown; there and in frames ``kind`` is its name, not its code."""
 
 # Rows of a row group at least, where there are as many.
 ROWS_AT_ONCE = 1 << 18

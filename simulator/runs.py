@@ -63,7 +63,9 @@ def make_runs(
         notes += [INTERVAL] if of_routing["unique_experts_ci95"] else []
         notes += [machine.note] if machine.note else []
         notes += memory_notes(machine.cost, tally.resident_bytes) if machine.cost is not None else []
-        latency = tally.latency(sum(priced[:m]) if priced[m] else None, int(routed[r].accepted.sum()))
+        latency = tally.latency(
+            sum(priced[:m]) if priced[m] else None, int(routed[r].accepted.sum()) if routed[r].accepted_known else 0
+        )
         runs.append(
             Run(
                 run=len(runs),

@@ -18,7 +18,7 @@ from simulator.result import Run
 from simulator.sources import package_sources, policy_sources
 from simulator.tallies.working_set import WINDOWS
 from tracer.errors import UserError
-from tracer.files.parts import part_path
+from tracer.files.parts import part_names
 from tracer.parquet import open_trace
 from tracer.schema import KINDS
 
@@ -49,11 +49,11 @@ def trace_identity(trace: Trace) -> str:
     """A hash of a stored trace that changes with its content but not with its place: ``meta.json`` and each part's footer."""
     digest = hashlib.sha256(json.dumps(trace.meta.raw, sort_keys=True).encode())
     for table in trace.meta.tables:
-        for number in range(trace.forwards.num_parts):
-            with part_path(trace.path, table, number).open("rb") as part:
+        for name in part_names(trace.path, table):
+            with (trace.path / table / name).open("rb") as part:
                 size = part.seek(0, os.SEEK_END)
                 part.seek(max(0, size - FOOTER))
-                digest.update(f"{table} {number} {size}".encode())
+                digest.update(f"{table} {name} {size}".encode())
                 digest.update(part.read())
     return digest.hexdigest()[:16]
 

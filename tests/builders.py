@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from tracer.schema import COMMIT, DECODED, DENOISE, MASKED, PREFILL, PROMPT
+from tracer.schema import COMMIT, DECODED, DENOISE, MASKED, PADDING, PREFILL, PROMPT
 from tracer.trace import ForwardTable, LayerTrace, RouterSpec, Segment, TokenTable
 
 
@@ -86,15 +88,46 @@ def layer_trace(rng, layer, rows, spec, present, row_offsets, ties=False, shuffl
 def in_memory(forwards, tokens, layers):
     """A Segment over arrays that are already there."""
 
-    def load(layer, with_scores):
+    def load(layer, with_scores, with_weights):
         found = layers[layer]
-        if with_scores:
-            return found
-        return LayerTrace(
-            found.layer, found.expert_ids, found.count, found.gate_weights, None, found.present, found.router
+        return replace(
+            found,
+            gate_weights=found.gate_weights if with_weights else None,
+            router_scores=found.router_scores if with_scores else None,
         )
 
     return Segment(forwards=forwards, tokens=tokens, layers=tuple(layers), load=load)
+
+
+def add_padding(rng, segment, most=3):
+    """The segment with 1 to ``most`` rows of padding among those of each call, routed as other rows are; a request a call."""
+    forwards, tokens = segment.forwards, segment.tokens
+    sizes, rows = np.diff(forwards.row_offsets), forwards.num_rows
+    added = rng.integers(1, most + 1, len(sizes))
+    calls = np.arange(len(sizes))
+    call = np.concatenate((np.repeat(calls, sizes), np.repeat(calls, added)))
+    first, size = (np.repeat(column, added) for column in (forwards.row_offsets[:-1], sizes))
+    place = np.concatenate((np.arange(rows), first + size * rng.random(len(first))))
+    order = np.lexsort((place, call))
+    padding = order >= rows
+    source = np.where(padding, rng.integers(0, rows, len(order)), order)
+    table = replace(
+        forwards,
+        row_offsets=np.concatenate(([0], np.cumsum(sizes + added))),
+        num_tokens=forwards.num_tokens + added,
+    )
+    blank = {"position": -1, "token_id": 0, "state": PADDING, "predicted_id": -1, "argmax_id": -1}
+    blank |= {"confidence": np.nan, "argmax_confidence": np.nan, "accepted": False, "edited": False}
+    columns = {name: getattr(tokens, name)[source] for name in blank}
+    for name, value in blank.items():
+        columns[name][padding] = value
+    layers = {}
+    for number in segment.layers:
+        found = segment.layer(number, True)
+        arrays = {n: getattr(found, n) for n in ("expert_ids", "count", "gate_weights", "router_scores")}
+        taken = {name: None if array is None else array[source] for name, array in arrays.items()}
+        layers[number] = replace(found, **taken)
+    return in_memory(table, TokenTable(**columns), layers)
 
 
 def block_run(
@@ -186,6 +219,7 @@ def block_run(
         kv_tokens=np.array([p[6] for p in parts], np.int64),
         num_masked=np.add.reduceat(state == MASKED, offsets[:-1]).astype(np.int64),
         num_accepted=np.add.reduceat(accepted, offsets[:-1]).astype(np.int64),
+        num_edited=np.zeros(count, np.int64),
         branches=np.ones(count, np.uint8),
         chosen_branch=np.full(count, -1, np.int16),
         duration_ns=np.full(count, -1, np.int64),
@@ -199,6 +233,7 @@ def block_run(
         argmax_id=np.array(column[3], np.int32),
         argmax_confidence=np.array(column[4], np.float32),
         accepted=accepted,
+        edited=np.zeros(len(accepted), bool),
     )
     layers = {
         layer: layer_trace(rng, layer, len(rows), spec, np.ones(count, bool), offsets, ties)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from tracer.capture_plan import CapturePlan, as_size
+from tracer.capture_plan import CapturePlan, as_size, finished_prompts
 from tracer.decode import decode_llada2, decode_own, decode_sdar
-from tracer.parquet import open_trace
+from tracer.files.folder import last_state
+from tracer.files.writer import TraceWriter
+from tracer.meta import read_meta
 from tracer.record import Recorder, record
-from tracer.schema import COMPACT_ENCODINGS
 
 SMALL_MODEL = 50_000_000
 
@@ -35,7 +36,7 @@ class CaptureResult:
 
     @property
     def sentence(self) -> str:
-        stopped = "Stopped early; what was finished is kept. " if self.interrupted else ""
+        stopped = "Stopped early; what was finished is kept, --resume goes on with it. " if self.interrupted else ""
         return (
             f"{stopped}{self.trace}: {self.requests} requests, {self.generated_tokens} tokens in {self.forwards} forwards, "
             f"{as_size(self.bytes_written)}, {self.seconds:.1f} s"
@@ -61,7 +62,9 @@ def run_capture(plan: CapturePlan, on_step: Callable[[int, float, int], None] | 
     """
     options, loaded = plan.options, plan.loaded
     started = time.monotonic()
-    finished, first_request = _finished(plan.out) if options.resume else (0, 0)
+    finished = finished_prompts(plan) if options.resume else 0
+    if finished and finished == len(plan.prompts):
+        return _completed(plan, finished, started)
     tokens, interrupted, recorder = 0, False, None
     try:
         with (
@@ -86,8 +89,8 @@ def run_capture(plan: CapturePlan, on_step: Callable[[int, float, int], None] | 
                 revision=loaded.revision,
                 force=options.force,
                 append=options.resume,
-                first_request=first_request,
-                meta={"encodings": COMPACT_ENCODINGS} if options.compact else None,
+                compact=options.compact,
+                meta={"writer": plan.hashes},
             ) as recorder,
         ):
             for number in range(finished, len(plan.prompts)):
@@ -100,16 +103,22 @@ def run_capture(plan: CapturePlan, on_step: Callable[[int, float, int], None] | 
                 tokens += _decode_one(plan, number, recorder, tell)
     except KeyboardInterrupt:
         interrupted = True
+    # What was to replace another trace and did not get that far lies beside it.
+    written = Path(getattr(recorder.sink.writer, "folder", plan.out)) if recorder else plan.out
     return CaptureResult(
-        trace=plan.out,
+        trace=written,
         model=loaded.id,
         requests=recorder.num_requests if recorder else 0,
         forwards=recorder.num_forwards if recorder else 0,
         generated_tokens=tokens,
-        bytes_written=sum(f.stat().st_size for f in plan.out.rglob("*") if f.is_file()),
+        bytes_written=_bytes(written),
         seconds=time.monotonic() - started,
         interrupted=interrupted,
     )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 @contextmanager
@@ -156,10 +165,19 @@ def _decode_one(plan: CapturePlan, number: int, recorder: Recorder, tell: Callab
     return result.generated
 
 
-def _finished(out: Path) -> tuple[int, int]:
-    """Prompts a trace has finished (they run in order) and the number its next request gets."""
-    if not (out / "meta.json").exists():
-        return 0, 0
-    requests = open_trace(out).requests
-    finished = requests.filter(requests["stop_reason"] != "interrupted").height
-    return finished, max(requests["request_id"].to_list(), default=-1) + 1
+def _completed(plan: CapturePlan, finished: int, started: float) -> CaptureResult:
+    """A trace that has every prompt and lacks at most its last meta.json."""
+    meta = read_meta(plan.out)
+    if not meta.complete:
+        TraceWriter(plan.out, meta.raw, append=True).close()
+    state = last_state(plan.out, read_meta(plan.out))
+    return CaptureResult(
+        trace=plan.out,
+        model=plan.loaded.id,
+        requests=finished,
+        forwards=state.calls,
+        generated_tokens=0,
+        bytes_written=_bytes(plan.out),
+        seconds=time.monotonic() - started,
+        interrupted=False,
+    )

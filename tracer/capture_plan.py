@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tracer.adapters.find import find_gates
 from tracer.errors import UserError
+from tracer.files.folder import last_state
+from tracer.meta import META_FILE, read_meta
 from tracer.models import LoadedModel, load_model
 from tracer.prompts import Prompt, RandomPrompts, read_prompts
 from tracer.schema import LEVELS
@@ -74,6 +79,18 @@ class CapturePlan:
     expected_bytes: int
 
     @property
+    def hashes(self) -> dict[str, str]:
+        """What a resumed capture must have in common with the one it goes on with, for meta.json."""
+        given = {
+            name: value for name, value in asdict(self.options).items() if name not in ("force", "resume", "compact")
+        }
+        prompts = [
+            [list(ids), prompt.dataset, prompt.text if self.options.keep_text else None]
+            for ids, prompt in zip(self.token_ids, self.prompts, strict=True)
+        ]
+        return {"options_hash": _hash([self.loaded.id, given]), "prompts_hash": _hash(prompts)}
+
+    @property
     def total_tokens(self) -> int:
         return len(self.prompts) * self.options.gen_length
 
@@ -83,6 +100,10 @@ class CapturePlan:
             f"Capturing {len(self.prompts)} prompts x {self.options.gen_length} tokens from {self.loaded.id} at level "
             f"{self.options.level}: at most about {as_size(self.expected_bytes)} on disk."
         )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def demo_prompts() -> list[Prompt]:
@@ -126,9 +147,33 @@ def plan_capture(model: str, out: Path, prompts: list[Prompt] | RandomPrompts, o
         special = {token for token in (loaded.mask_id, loaded.eos_id, loaded.pad_id) if token is not None}
         prompts = prompts.draw(loaded.vocab_size, special, options.seed)
     token_ids = tuple(_tokenise(loaded, number, prompt, options) for number, prompt in enumerate(prompts))
-    return CapturePlan(
+    plan = CapturePlan(
         loaded, Path(out), tuple(prompts), token_ids, options, _expected_bytes(loaded, token_ids, options)
     )
+    if options.resume:
+        finished_prompts(plan)
+    return plan
+
+
+def finished_prompts(plan: CapturePlan) -> int:
+    """Prompts a trace has finished: they run in order.
+
+    Raises
+    ------
+    UserError
+        When it was recorded with other options or prompts.
+    """
+    if not (plan.out / META_FILE).exists():
+        return 0
+    meta = read_meta(plan.out)
+    stored = meta.raw.get("writer") or {}
+    for key, what in (("options_hash", "options"), ("prompts_hash", "prompts")):
+        if stored.get(key) != plan.hashes[key]:
+            raise UserError(
+                f"{plan.out} was recorded with other {what}, so --resume cannot go on with it; repeat the command it was "
+                "begun with, or give another --out."
+            )
+    return len(last_state(plan.out, meta).ended)
 
 
 def _check_destination(out: Path, options: CaptureOptions) -> None:

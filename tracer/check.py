@@ -1,34 +1,40 @@
 """``check``: hold a trace against every requirement of trace-format.md and collect the first faults.
 
 Readers stop at the first fault they meet; this goes on as far as the faults leave sense in what follows, and also looks at
-what readers take on trust: counts that repeat other columns, and the score columns of capture level "active".
+what readers take on trust: counts that repeat other columns, and the experts whose scores capture level "active" kept.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from tracer.errors import TraceError
-from tracer.files.forwards import StoredForwards, read_forwards, rule_faults, structure_faults
-from tracer.files.layers import read_layer
-from tracer.files.parts import PartFile
-from tracer.files.routing import KindLayers, key_faults, read_cells
-from tracer.files.segments import segment_cells
+from tracer.files.forwards import StoredForwards, read_forwards, rule_faults, segment_bounds, structure_faults
+from tracer.files.layers import LayerRows
+from tracer.files.loads import read_loads
+from tracer.files.segments import StoredTables, segment_rows
 from tracer.files.tidy import INTERRUPTED, requests_frame
-from tracer.files.tokens import read_tokens, token_faults
-from tracer.meta import read_meta
-from tracer.schema import MASKED
+from tracer.files.tokens import TokenRows, token_faults
+from tracer.meta import MetaError, read_meta
+from tracer.schema import DENOISE, undecided
 from tracer.trace import LayerTrace, TraceMeta
+
+if TYPE_CHECKING:
+    from tracer.files.reader import Trace
 
 MOST_FAULTS = 20
 
 
 def check(path: str | Path, most: int = MOST_FAULTS) -> list[str]:
     """Faults of a trace, one sentence each, in the order they are met; empty when every requirement holds.
+
+    That a trace was not finished is a fault too, and the last one.
 
     Parameters
     ----------
@@ -39,7 +45,8 @@ def check(path: str | Path, most: int = MOST_FAULTS) -> list[str]:
     """
     faults: list[str] = []
     for fault in _all_faults(Path(path)):
-        faults.append(fault)
+        if fault not in faults:
+            faults.append(fault)
         if len(faults) >= most:
             break
     return faults
@@ -48,7 +55,19 @@ def check(path: str | Path, most: int = MOST_FAULTS) -> list[str]:
 def _all_faults(path: Path) -> Iterator[str]:
     try:
         meta = read_meta(path)
-        stored = read_forwards(path)
+    except MetaError as error:
+        yield from (f"{error.name}: {fault}." for fault in error.faults)
+        return
+    except TraceError as error:
+        yield str(error)
+        return
+    try:
+        if "loads" in meta.tables:
+            read_loads(path, meta)
+            if not meta.complete:
+                yield f"{path}: this trace was not finished."
+            return
+        stored = read_forwards(path, meta)
     except TraceError as error:
         yield str(error)
         return
@@ -60,22 +79,59 @@ def _all_faults(path: Path) -> Iterator[str]:
         return
     yield from rule_faults(stored)
     yield from _request_faults(stored, meta)
-    kinds = KindLayers()
-    for number in range(stored.num_parts):
+    tables = StoredTables(path, meta)
+    # what rule_faults found leaves rows where they are
+    tables.forwards = stored
+    bounds = segment_bounds(stored, segment_rows(meta)).tolist()
+    for first, last in itertools.pairwise(bounds):
         if "tokens" in meta.tables:
-            yield from _token_faults(stored, number)
-        yield from _routing_faults(stored, number, meta, kinds)
+            yield from _token_faults(tables, first, last)
+        yield from _routing_faults(tables, first, last)
+    if not bounds[-1]:
+        yield from _empty_faults(tables)
+    if not meta.complete:
+        yield _unfinished(stored)
+
+
+def first_fault(trace: Trace) -> str | None:
+    """The first fault of a trace's requests, forwards and tokens, which is little beside routing; None where there is none."""
+    stored, meta = trace.forwards, trace.meta
+    yields = [_request_faults(stored, meta)]
+    if "tokens" in meta.tables:
+        bounds = segment_bounds(stored, segment_rows(meta)).tolist()
+        tables = StoredTables(trace.path, meta)
+        yields += [_token_faults(tables, first, last) for first, last in itertools.pairwise(bounds)]
+    return next(itertools.chain.from_iterable(yields), None)
+
+
+def _unfinished(stored: StoredForwards) -> str:
+    try:
+        requests = requests_frame(stored)
+    except TraceError:
+        return f"{stored.path}: this trace was not finished."
+    ended = requests.filter(pl.col("stop_reason") != INTERRUPTED).height
+    return f"{stored.path}: this trace was not finished: {ended} requests of {requests.height} ended."
+
+
+def _empty_faults(tables: StoredTables) -> Iterator[str]:
+    """Rows in a trace without calls."""
+    try:
+        if "tokens" in tables.meta.tables:
+            _ = tables.tokens
+        tables.layers("routing")
+    except TraceError as error:
+        yield str(error)
 
 
 def _request_faults(stored: StoredForwards, meta: TraceMeta) -> Iterator[str]:
     try:
-        requests = requests_frame(stored.path, stored)
+        requests = requests_frame(stored)
     except TraceError as error:
         yield str(error)
         return
     length = meta.block_length
-    ended = requests.filter(pl.col("stop_reason") != INTERRUPTED)
-    expected = pl.col("prompt_tokens").cast(pl.Int32) // length if length else pl.lit(-1, pl.Int32)
+    ended = requests.filter((pl.col("stop_reason") != INTERRUPTED) & pl.col("prompt_tokens").is_not_null())
+    expected = pl.col("prompt_tokens").cast(pl.Int64) // length if length else pl.lit(-1, pl.Int64)
     for request, found, wanted in (
         ended.select("request_id", "first_block", expected.alias("wanted"))
         .filter(pl.col("first_block") != pl.col("wanted"))
@@ -85,27 +141,28 @@ def _request_faults(stored: StoredForwards, meta: TraceMeta) -> Iterator[str]:
         yield f"{stored.path}: requests: first_block of request {request} is {found} and must be {wanted}."
 
 
-def _token_faults(stored: StoredForwards, number: int) -> Iterator[str]:
-    first, last = (int(call) for call in stored.part_calls[number : number + 2])
+def _token_faults(tables: StoredTables, first: int, last: int) -> Iterator[str]:
     try:
-        part, low, columns = read_tokens(stored, number, first, last)
+        rows = tables.tokens.read(first, last)
     except TraceError as error:
         yield str(error)
         return
     broken = False
-    for fault in token_faults(stored, first, last, part, low, columns):
+    for fault in token_faults(tables.forwards, first, last, rows):
         broken = True
         yield fault
     if not broken:
-        yield from _value_faults(part, columns)
-        yield from _count_faults(stored, first, last, part, columns)
+        yield from _value_faults(rows)
+        yield from _count_faults(tables.forwards, first, last, rows.columns)
 
 
-def _value_faults(part: PartFile, columns: dict[str, np.ndarray]) -> Iterator[str]:
-    state, accepted = columns["state"], columns["accepted"]
+def _value_faults(rows: TokenRows) -> Iterator[str]:
+    columns = rows.columns
+    open_rows = undecided(columns["state"])
     predicted, confidence = columns["predicted_id"], columns["confidence"]
     rules = (
-        (accepted & (state != MASKED), "accepted is set where the token was not masked"),
+        (columns["accepted"] & ~open_rows, "accepted is set where the token was decided"),
+        (columns["edited"] & open_rows, "edited is set where the token was not decided"),
         (columns["token_id"] < -1, "token_id must be -1 or more"),
         (predicted < -1, "predicted_id must be -1 or more"),
         ((predicted < 0) != np.isnan(confidence), "confidence must be NaN exactly where predicted_id is -1"),
@@ -113,24 +170,24 @@ def _value_faults(part: PartFile, columns: dict[str, np.ndarray]) -> Iterator[st
     )
     for wrong, message in rules:
         if wrong.any():
-            yield str(part.fault(int(np.argmax(wrong)), f"{message}."))
+            yield rows.fault(int(np.argmax(wrong)), message)
 
 
-def _count_faults(
-    stored: StoredForwards, first: int, last: int, part: PartFile, columns: dict[str, np.ndarray]
-) -> Iterator[str]:
-    """num_masked = rows in state masked; num_accepted = accepted rows.
+def _count_faults(stored: StoredForwards, first: int, last: int, columns: dict[str, np.ndarray]) -> Iterator[str]:
+    """num_masked = undecided rows; num_accepted = accepted rows of denoise calls; num_edited = edited rows.
 
     Of a speculative call, those of the chosen branch count, and the positions it knows that the first branch has masked.
     """
-    masked = np.concatenate(([0], np.cumsum(columns["state"] == MASKED)))
+    masked = np.concatenate(([0], np.cumsum(undecided(columns["state"]))))
     accepted = np.concatenate(([0], np.cumsum(columns["accepted"])))
+    edited = np.concatenate(([0], np.cumsum(columns["edited"])))
     rows = np.arange(stored.call_parts[first], stored.call_parts[last])
     table = {name: values[rows].astype(np.int64) for name, values in stored.columns.items()}
     begins = np.cumsum(table["num_tokens"]) - table["num_tokens"]
     ends = begins + table["num_tokens"]
     found = masked[ends] - masked[begins]
-    for i in np.flatnonzero(found != table["num_masked"])[:1]:
+    wrong = (table["num_masked"] >= 0) & (found != table["num_masked"])
+    for i in np.flatnonzero(wrong)[:1]:
         yield f"{stored.name(int(rows[i]))}: num_masked is {table['num_masked'][i]} where tokens has {found[i]} masked rows."
     speculative = table["branches"] > 1
     unchosen = speculative & (table["chosen_branch"] < 0)
@@ -140,46 +197,49 @@ def _count_faults(
     chosen_begin = begins + np.maximum(table["chosen_branch"], 0) * own
     gained = accepted[chosen_begin + own] - accepted[chosen_begin]
     gained += (masked[begins + own] - masked[begins]) - (masked[chosen_begin + own] - masked[chosen_begin])
-    for i in np.flatnonzero((gained != table["num_accepted"]) & ~unchosen)[:1]:
+    counted = (table["kind"] == DENOISE) & (table["num_accepted"] >= 0) & ~unchosen
+    for i in np.flatnonzero((gained != table["num_accepted"]) & counted)[:1]:
         yield f"{stored.name(int(rows[i]))}: num_accepted is {table['num_accepted'][i]} where tokens gains {gained[i]}."
+    changed = edited[chosen_begin + own] - edited[chosen_begin]
+    for i in np.flatnonzero(changed != table["num_edited"])[:1]:
+        yield f"{stored.name(int(rows[i]))}: num_edited is {table['num_edited'][i]} where tokens has {changed[i]} edited rows."
 
 
-def _routing_faults(stored: StoredForwards, number: int, meta: TraceMeta, kinds: KindLayers) -> Iterator[str]:
-    first, last = (int(call) for call in stored.part_calls[number : number + 2])
+def _routing_faults(tables: StoredTables, first: int, last: int) -> Iterator[str]:
+    level = tables.meta.capture_level
     try:
-        cells, forward, num_tokens = read_cells(stored, number)
+        routing = tables.layers("routing")
+        if level == "active":
+            tables.layers("scores")
     except TraceError as error:
         yield str(error)
         return
-    broken = False
-    for fault in key_faults(stored, number, meta, kinds, cells, forward, num_tokens):
-        broken = True
-        yield fault
-    if broken or first == last:
-        return
-    part = cells.part
-    if meta.capture_level == "ids" and part.null_count("router_scores") < part.num_rows:
-        yield str(part.fault(None, "it holds router_scores although capture_level is ids."))
-    segment = segment_cells(stored, meta, kinds, first, last)
-    for layer in meta.model.moe_layers:
+    for name in routing.names:
+        part = tables.part("routing", name)
+        if level != "scores" and "router_scores" in part.present:
+            yield str(part.fault(None, f"it holds router_scores although capture_level is {level}."))
+    for layer in tables.meta.model.moe_layers:
         try:
-            found = read_layer(segment, layer, True, True)
+            found = tables.layer(layer, first, last, True, True)
         except TraceError as error:
             yield str(error)
             continue
-        missing = first_without_scores(found)
+        missing = first_without_scores(found) if level == "active" else -1
         if missing >= 0:
-            call = int(np.searchsorted(segment.row_offsets, missing, "right")) - 1
-            cell = int(np.flatnonzero((segment.call == call) & (segment.layer == layer))[0])
-            ids = f"ids {found.expert_ids[missing].tolist()} of token row {missing - segment.row_offsets[call]}"
-            message = f"score_experts of layer {layer} lacks some of the {ids}."
-            yield str(segment.columns["score_experts"].cell_fault(cell, message))
+            stored = tables.forwards
+            offsets = stored.row_offsets[first : last + 1] - stored.row_offsets[first]
+            call = int(np.searchsorted(offsets, missing, "right")) - 1
+            rows = LayerRows(stored, tables.layers("scores"), layer, first, last)
+            ids = found.expert_ids[missing, : found.count[missing]].tolist()
+            cell = int(found.present[:call].sum())
+            yield str(rows.fault(cell, f"experts lacks some of the ids {ids} of token row {missing - offsets[call]}"))
 
 
 def first_without_scores(layer: LayerTrace) -> int:
-    """First routed row that lacks the score of an expert it recorded, -1 if none or if there are no scores."""
+    """First routed row with scores that lacks the score of an expert it recorded, -1 if none or if there are no scores."""
     if layer.router_scores is None:
         return -1
     own = np.take_along_axis(layer.router_scores, layer.expert_ids.astype(np.int64), axis=1)
-    lacking = np.isnan(own).any(axis=1) & (layer.count > 0)
+    real = np.arange(own.shape[1]) < layer.count[:, None]
+    lacking = (np.isnan(own) & real).any(axis=1) & ~np.isnan(layer.router_scores).all(axis=1)
     return int(np.argmax(lacking)) if lacking.any() else -1

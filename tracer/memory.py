@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from tracer.trace import CallRouting
+
 
 @dataclass(frozen=True, slots=True)
 class HeldCall:
-    """One model call: rows of ``forwards`` (without forward_id), columns of ``tokens``, ``routing`` by layer."""
+    """One model call: rows of ``forwards`` (without forward_id), columns of ``tokens``, routing of all layers."""
 
     parts: list[dict[str, Any]]
     tokens: dict[str, np.ndarray] | None
-    routing: dict[int, dict[str, np.ndarray | None]]
+    routing: CallRouting
 
 
 @dataclass(slots=True)
@@ -30,7 +32,7 @@ class MemoryWriter:
         self,
         parts: list[dict[str, Any]],
         tokens: dict[str, np.ndarray] | None,
-        routing: dict[int, dict[str, np.ndarray | None]],
+        routing: CallRouting,
     ) -> int:
         """Keep a call; returns its forward id."""
         self.calls.append(HeldCall(parts, tokens, routing))

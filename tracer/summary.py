@@ -20,8 +20,8 @@ def describe(trace: Trace) -> dict[str, Any]:
     -------
     dict
         Plain values by section: ``trace``, ``model``, ``router``, ``decoding``, ``counts``, ``bytes`` (compressed, per table),
-        ``bytes_per_decision`` (from the Parquet columns' compressed sizes; a decision is one id of one row in one layer),
-        ``provenance``.
+        ``bytes_per_decision`` (from the Parquet columns' compressed sizes, keys included; a decision is one id of one row in
+        one layer), ``provenance``, and ``notes``, the sentences that every figure of the trace needs.
 
     Raises
     ------
@@ -31,10 +31,12 @@ def describe(trace: Trace) -> dict[str, Any]:
     meta, model = trace.meta, trace.meta.model
     sizes = trace.bytes_on_disk()
     decisions = trace.num_decisions
-    columns = {"expert_ids": 0, "gate_weights": 0}
+    keys = ("forward_id", "layer", "row")
+    columns = {"expert_ids": 0, "gate_weights": 0, **dict.fromkeys(keys, 0)}
     for part in trace.parts("routing"):
         for name in columns:
-            columns[name] += part.cell_bytes(name)[0]
+            columns[name] += part.compressed_bytes(name)
+    ids = columns["expert_ids"] + sum(columns[name] for name in keys)
 
     def per_decision(size: int) -> float | None:
         return size / decisions if decisions else None
@@ -85,14 +87,16 @@ def describe(trace: Trace) -> dict[str, Any]:
             },
             "rows": trace.num_rows,
             "decisions": decisions,
+            "padding_rows": trace.padding_rows,
             "parts": trace.forwards.num_parts,
             "segments": trace.num_segments,
         },
         "bytes": {**sizes, "total": sum(sizes.values())},
         "bytes_per_decision": {
-            "ids": per_decision(columns["expert_ids"]),
-            "ids_and_weights": per_decision(columns["expert_ids"] + columns["gate_weights"]),
+            "ids": per_decision(ids),
+            "ids_and_weights": per_decision(ids + columns["gate_weights"]),
             "all": per_decision(sum(sizes.values())),
         },
         "provenance": dict(meta.provenance),
+        "notes": list(trace.notes),
     }

@@ -15,16 +15,7 @@ import numpy as np
 
 from tracer.errors import UserError
 from tracer.files.writer import TraceWriter
-from tracer.schema import (
-    COMPACT_ENCODINGS,
-    DECODED,
-    DEFAULT_ENCODINGS,
-    LEVELS,
-    MASKED,
-    PROMPT,
-    SCORE_FUNCTIONS,
-    TABLES,
-)
+from tracer.schema import DECODED, LEVELS, MASKED, PROMPT, SCORE_FUNCTIONS, tables_of
 from tracer.synthetic_sets import Recipe
 
 MASK_ID, EOS_ID, FIRST_TOKEN, VOCABULARY = 1, 2, 3, 1000
@@ -88,7 +79,7 @@ def synthesize(
     tokens : bool
         Whether to write the ``tokens`` table.
     compact : bool
-        Store ids and weights as what differs from call to call.
+        Smaller weights and scores, which pyarrow alone reads (:class:`tracer.files.writer.TraceWriter`).
     expert_bytes : int
         Bytes of one expert; by default three bfloat16 matrices of 2048 x 512.
 
@@ -142,9 +133,7 @@ def synthesize(
             "routed_scaling_factor": routed_scaling_factor,
             "expert_bias": {str(n): row.tolist() for n, row in zip(numbers, bias, strict=True)} if bias.any() else None,
         },
-        "score_dtype": "float32",
-        "tables": [table for table in TABLES if tokens or table != "tokens"],
-        "encodings": COMPACT_ENCODINGS if compact else DEFAULT_ENCODINGS,
+        "tables": tables_of(level, tokens),
         "decoding": {
             "loop": "synthetic",
             "block_length": block_length,
@@ -154,10 +143,10 @@ def synthesize(
             "seed": seed,
             "kv_cache": kv_cache,
         },
-        "provenance": {"generator": "synthetic", "temporal": temporal, "spatial": spatial, "skew": skew},
+        "provenance": {"source": "synthetic", "temporal": temporal, "spatial": spatial, "skew": skew},
     }
     first = prompt_tokens // block_length
-    with TraceWriter(path, meta, force=force, segment_forwards=segment_forwards) as writer:
+    with TraceWriter(path, meta, force=force, compact=compact, segment_forwards=segment_forwards) as writer:
         for request in range(requests):
             length = (first + blocks) * block_length
             shape = (len(numbers), length, top_k)

@@ -6,12 +6,12 @@ Shapes: L = layers, P = positions of a request, n = rows of a call, K = experts 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from tracer.files.cells import active_columns
 from tracer.jit import njit
+from tracer.schema import id_type
+from tracer.trace import CallRouting
 
 # selection scores of chosen experts and of all others: two of the others never outweigh one chosen, so groups agree too
 CHOSEN_LOW, CHOSEN_HIGH, OTHERS_HIGH = 0.5, 0.95, 0.24
@@ -130,7 +130,7 @@ class Recipe:
     level: str
     state: np.ndarray  # uint64 [1]
 
-    def routing(self, sets: tuple[np.ndarray, np.ndarray, np.ndarray], rows: np.ndarray) -> dict[int, dict[str, Any]]:
+    def routing(self, sets: tuple[np.ndarray, np.ndarray, np.ndarray], rows: np.ndarray) -> CallRouting:
         """Advance the rows and say what every layer's router does with them, as TraceWriter.add_call takes it."""
         shape = (len(self.layers), len(rows), self.top_k)
         ids, strengths = np.empty(shape, np.int64), np.empty(shape, np.float32)
@@ -145,13 +145,4 @@ class Recipe:
             _fill_scores(ids, strengths, self.popularity, self.bias, self.softmax, self.state, scores)
             chosen = np.take_along_axis(scores, ids, axis=2)
         weights = (chosen / chosen.sum(axis=2, keepdims=True) * np.float32(self.factor)).astype(np.float16)
-        ids = ids.astype(np.uint8 if self.bias.shape[1] <= 256 else np.uint16)
-        cells: dict[int, dict[str, Any]] = {}
-        for n, layer in enumerate(self.layers):
-            cells[layer] = {"expert_ids": ids[n], "gate_weights": weights[n]}
-            if scores is not None:
-                cells[layer]["router_scores"] = scores[n]
-            if scores is not None and self.level == "active":
-                columns = active_columns(ids[n], scores[n], self.bias[n])
-                cells[layer] |= {"router_scores": scores[n][:, columns], "score_experts": columns}
-        return cells
+        return CallRouting(self.layers, ids.astype(id_type(self.bias.shape[1])), weights, scores)

@@ -7,10 +7,12 @@ E = experts of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
+from tracer.schema import PADDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,8 @@ class ForwardTable:
 
     ``forward_id`` [F]; ``row_offsets`` int64 [F + 1] bounds each call's rows in the segment's row arrays; ``part_offsets``
     int64 [F + 1] bounds its (call, request) parts. Everything else is [N], one entry a part, in call order. ``row_start``
-    counts from the call's first row. ``kind`` holds codes of :data:`tracer.schema.KINDS`. ``chosen_branch`` and
-    ``duration_ns`` are -1 where unknown.
+    counts from the call's first row. ``kind`` holds codes of :data:`tracer.schema.KINDS`. ``kv_tokens``, ``num_masked``,
+    ``num_accepted``, ``chosen_branch`` and ``duration_ns`` are -1 where unknown.
     """
 
     forward_id: np.ndarray  # uint32 [F]
@@ -58,6 +60,7 @@ class ForwardTable:
     kv_tokens: np.ndarray  # int64 [N]
     num_masked: np.ndarray  # int64 [N]
     num_accepted: np.ndarray  # int64 [N]
+    num_edited: np.ndarray  # int64 [N]
     branches: np.ndarray  # uint8 [N]
     chosen_branch: np.ndarray  # int16 [N]
     duration_ns: np.ndarray  # int64 [N]
@@ -103,14 +106,16 @@ class TokenTable:
     argmax_id: np.ndarray  # int32
     argmax_confidence: np.ndarray  # float32
     accepted: np.ndarray  # bool
+    edited: np.ndarray  # bool
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTrace:
     """Routing of one MoE layer over the rows of a segment.
 
-    Rows of a call in which the layer did not run have ``count`` 0 and the call's ``present`` is False. ``router_scores`` is NaN
-    where the trace does not hold a column (capture level "active"); stored scores are finite, so NaN means nothing else.
+    Rows of a call in which the layer did not run have ``count`` 0 and the call's ``present`` is False; padding rows have
+    ``count`` 0 too, unless they were asked for. Ids and weights beyond ``count`` are 0. ``router_scores`` is NaN where the
+    trace holds none: experts that level "active" left out, rows whose scores were not recorded, rows that were not routed.
     """
 
     layer: int
@@ -126,27 +131,62 @@ class LayerTrace:
 class Segment:
     """A run of model calls that ends at a block end; the unit in which a trace is read and replayed.
 
-    ``load`` gives one layer's routing: ``load(layer, with_scores)``; ``load_ids``, where there is one, the same without
-    reading weights. ``tokens`` is None where the trace has no tokens table. ``following``, where there is one, gives the model
-    call after the segment as a segment of its own, None after the trace's last call.
+    ``load`` gives one layer's routing as recorded: ``load(layer, with_scores, with_weights)``. ``tokens`` is None where the
+    trace has no tokens table. ``following``, where there is one, gives the model call after the segment as a segment of its
+    own, None after the trace's last call.
     """
 
     forwards: ForwardTable
     tokens: TokenTable | None
     layers: tuple[int, ...]
-    load: Callable[[int, bool], LayerTrace]
-    load_ids: Callable[[int], LayerTrace] | None = None
+    load: Callable[[int, bool, bool], LayerTrace]
     following: Callable[[], Segment | None] | None = None
 
-    def layer(self, layer: int, with_scores: bool = False, with_weights: bool = True) -> LayerTrace:
+    def layer(
+        self, layer: int, with_scores: bool = False, with_weights: bool = True, with_padding: bool = False
+    ) -> LayerTrace:
         """Routing of one layer; ``router_scores`` is None unless ``with_scores`` and the trace holds them.
 
-        Without ``with_weights`` (and ``with_scores``) a stored trace reads ids alone, which is several times faster, and
-        ``gate_weights`` may be None.
+        Without ``with_weights`` a stored trace reads ids alone, which is several times faster, and ``gate_weights`` may be
+        None. Padding counts for nothing (trace-format.md): its rows come back as not routed, unless ``with_padding``.
         """
-        if self.load_ids is not None and not with_weights and not with_scores:
-            return self.load_ids(layer)
-        return self.load(layer, with_scores)
+        found = self.load(layer, with_scores, with_weights)
+        padding = None if with_padding else self.padding
+        return found if padding is None else without_rows(found, padding)
+
+    @property
+    def padding(self) -> np.ndarray | None:
+        """bool [T]: rows that are padding; None where there are none."""
+        if self.tokens is None:
+            return None
+        padding = self.tokens.state == PADDING
+        return padding if padding.any() else None
+
+
+def without_rows(layer: LayerTrace, rows: np.ndarray) -> LayerTrace:
+    """A layer with some rows (bool [T]) turned into rows that were not routed."""
+    ids, weights, scores = layer.expert_ids.copy(), layer.gate_weights, layer.router_scores
+    ids[rows] = 0
+    if weights is not None:
+        weights = np.where(rows[:, None], np.float16(0), weights)
+    if scores is not None:
+        scores = np.where(rows[:, None], np.float32(np.nan), scores)
+    count = np.where(rows, np.uint8(0), layer.count)
+    return replace(layer, expert_ids=ids, count=count, gate_weights=weights, router_scores=scores)
+
+
+@dataclass(frozen=True, slots=True)
+class CallRouting:
+    """What the routers of one model call said: L layers, N rows, K experts a row, E experts of a layer.
+
+    A recorder hands it to a writer as it is. ``layers`` ascend. Weights that are NaN throughout a layer are not known.
+    """
+
+    layers: tuple[int, ...]
+    expert_ids: np.ndarray  # int [L, N, K], distinct in a row, real ones first
+    gate_weights: np.ndarray | None = None  # float [L, N, K]
+    router_scores: np.ndarray | None = None  # float [L, N, E], NaN in rows whose scores were not recorded
+    count: np.ndarray | None = None  # int [L, N], how many of the K are real; None = all
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +220,10 @@ class TraceMeta:
     capture_level: str
     model: ModelInfo
     routers: dict[int, RouterSpec]  # layer -> spec
-    score_dtype: str | None
     tables: tuple[str, ...]
     decoding: dict[str, Any]
-    encodings: dict[str, str]
     provenance: dict[str, Any]
+    segments: int | None  # how many there are, once complete
     raw: dict[str, Any] = field(repr=False)
 
     @property

@@ -99,6 +99,7 @@ def consistency(
         if name not in SCHEMAS:
             raise UserError(f"There is no consistency figure {name!r}; choose among {', '.join(SCHEMAS)}.")
     shape, units = shape_of(trace.meta), Units()
+    notes = list(getattr(trace, "notes", ()))
     positions = "tokens" in trace.meta.tables and shape.block_length > 0
     usable = frozenset(name for name in wanted if positions or name not in _BY_POSITION)
     families = _families(trace, shape, settings, usable, "block" if positions else "forward")
@@ -121,7 +122,8 @@ def consistency(
     if load is not None and totals.decisions and units.count:
         counted = load.load[: units.count].copy()
         popularity = popularity_of(trace.meta.model.id, shape.layers, load.scope, counted, trace.requests, units.number)
-    return ConsistencyResult(frames, reasons, _summary(totals, shape, units), _notes(units), popularity)
+    notes += _notes(units)
+    return ConsistencyResult(frames, reasons, _summary(totals, shape, units), notes, popularity)
 
 
 def _families(trace: Trace, shape: Shape, settings: Settings, usable: frozenset[str], scope: str) -> dict[str, Any]:
@@ -235,7 +237,7 @@ def _summary(totals: Totals, shape: Shape, units: Units) -> dict[str, Any]:
         "denoise_forwards": totals.denoise,
         "blocks": totals.blocks,
         "decisions": totals.decisions,
-        "accepted_per_step": totals.accepted / totals.denoise if totals.denoise else None,
+        "accepted_per_step": totals.accepted / totals.denoise if totals.denoise and totals.accepted_known else None,
         "steps_per_block": totals.denoise / totals.blocks if totals.blocks else None,
         "layers": len(shape.layers),
         "num_experts": shape.experts,

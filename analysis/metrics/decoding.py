@@ -53,7 +53,7 @@ class Decoding:
         self.settings = settings
         steps = min(max(shape.block_length, 1), STEPS)
         self.parts, self.accepted = np.zeros((UNITS, steps), np.int64), np.zeros((UNITS, steps), np.int64)
-        self.blocks = np.zeros(UNITS, np.int64)
+        self.blocks, self.accepted_known = np.zeros(UNITS, np.int64), True
         self.ranked, self.correlation = np.zeros(UNITS, np.int64), np.zeros(UNITS)
         self.taken, self.leftmost, self.expected = np.zeros(UNITS, np.int64), np.zeros(UNITS, np.int64), np.zeros(UNITS)
         lags = (UNITS, settings.lags + 1)
@@ -66,6 +66,7 @@ class Decoding:
         places = times.unit, np.clip(times.step, 0, last)
         np.add.at(self.parts, places, 1)
         np.add.at(self.accepted, places, times.accepted)
+        self.accepted_known &= bool((times.accepted >= 0).all())
         np.add.at(self.blocks, times.run_unit, 1)
         tokens = times.segment.tokens
         if tokens is None or not times.grid.size or not len(tokens.position):
@@ -116,6 +117,8 @@ class Decoding:
         ]
         frames = []
         for metric, top, bottom, steps in rows:
+            if metric.startswith("accepted") and not self.accepted_known:
+                continue
             value, low, high = bootstrap.ratio(top, bottom)
             columns = {"value": value, "low": low, "high": high, "n": ordered_sum(bottom, 0)}
             frames.append(grid_frame({"metric": [metric], "step": steps}, columns, {"step": pl.Int32}))

@@ -157,7 +157,7 @@ class Totals:
     def __init__(self) -> None:
         self.segments = self.forwards = self.denoise = self.blocks = self.accepted = self.block_rows = 0
         self.decisions = self.forward_rows = 0
-        self.has_tokens = False
+        self.has_tokens, self.accepted_known = False, True
 
     def begin(self, times: Timeline) -> None:
         self.segments += 1
@@ -165,8 +165,9 @@ class Totals:
         self.denoise += times.parts
         self.blocks += times.runs
         self.accepted += int(times.accepted.sum())
+        self.accepted_known &= bool((times.accepted >= 0).all())
         self.block_rows += int((times.grid >= 0).sum())
-        self.forward_rows += int((times.last - times.first).sum())
+        self.forward_rows += times.rows
         self.has_tokens |= times.segment.tokens is not None
 
     def add(self, view: LayerView) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.metrics.settings import UNITS
-from tracer.schema import DENOISE, MASKED, PADDING
+from tracer.schema import DENOISE, PADDING, undecided
 from tracer.trace import Segment
 
 ABSENT, STILL_MASKED, KNOWN = -1, 0, 1
@@ -49,7 +49,8 @@ class Timeline:
     forward: np.ndarray  # int64 [P], index of the call in the segment
     first: np.ndarray  # int64 [P]
     last: np.ndarray  # int64 [P]
-    accepted: np.ndarray  # int64 [P]
+    rows: int  # of all parts, padding apart
+    accepted: np.ndarray  # int64 [P], -1 unknown
     run_offsets: np.ndarray  # int64 [R + 1]
     grid: np.ndarray  # int64 [P, S], row in the segment, -1 absent
     state: np.ndarray  # int8 [P, S], ABSENT, STILL_MASKED or KNOWN
@@ -64,8 +65,8 @@ class Timeline:
 
     @property
     def block_only(self) -> bool:
-        """Whether the parts hold no rows but those in the grid."""
-        return self.grid.shape[1] > 0 and int((self.last - self.first).sum()) == int((self.grid >= 0).sum())
+        """Whether the parts hold no rows but those in the grid, padding apart."""
+        return self.grid.shape[1] > 0 and self.rows == int((self.grid >= 0).sum())
 
     @property
     def run_unit(self) -> np.ndarray:
@@ -96,6 +97,10 @@ def timeline(segment: Segment, block_length: int, units: Units) -> Timeline:
     # Numbered in the order of the calls, so that a unit does not depend on where segments end.
     units.of(forwards.request_id[np.sort(parts)])
     grid, state = _block_rows(segment, parts, block, starts, block_length)
+    rows, padding = int((ends[parts] - starts[parts]).sum()), segment.padding
+    if padding is not None:
+        before = np.concatenate(([0], np.cumsum(padding)))
+        rows -= int((before[ends[parts]] - before[starts[parts]]).sum())
     return Timeline(
         segment=segment,
         request=request,
@@ -105,6 +110,7 @@ def timeline(segment: Segment, block_length: int, units: Units) -> Timeline:
         forward=forwards.part_forward[parts].astype(np.int64),
         first=starts[parts],
         last=ends[parts],
+        rows=rows,
         accepted=forwards.num_accepted[parts].astype(np.int64),
         run_offsets=run_offsets.astype(np.int64),
         grid=grid,
@@ -133,5 +139,5 @@ def _block_rows(
     inside = (offset >= 0) & (offset < width) & (position >= 0) & (tokens.state[row] != PADDING)
     part, row, offset = part[inside], row[inside], offset[inside]
     grid[part, offset] = row
-    state[part, offset] = np.where(tokens.state[row] == MASKED, STILL_MASKED, KNOWN)
+    state[part, offset] = np.where(undecided(tokens.state[row]), STILL_MASKED, KNOWN)
     return grid, state

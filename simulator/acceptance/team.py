@@ -139,11 +139,11 @@ class TeamAcceptance:
             trajectory,
             cold=cold if self.limit else None,
             notes=(SURROGATE, BOUNDS, LAST_STEP) if stand_in else (SURROGATE, BOUNDS),
-            bounds=self._token_bounds(segment, table, walked),
+            bounds=self._token_bounds(table, walked),
             bound_rows=(computed & (trajectory.branch == 0) & ~cold, computed),
         )
 
-    def _token_bounds(self, segment: Segment, table: BlockTable, walked: Walk) -> dict[str, tuple[int, int]]:
+    def _token_bounds(self, table: BlockTable, walked: Walk) -> dict[str, tuple[int, int]]:
         """Tokens and forwards of the scenarios with the fewest and with the most tokens per forward.
 
         No guess holds: vanilla. Every guess holds that may: :func:`fewest_forwards`, which stays at vanilla's states. With a
@@ -160,7 +160,7 @@ class TeamAcceptance:
             table.confidence,
         )
         accepted, gained = np.zeros((2, blocks), np.int64)
-        np.add.at(accepted, table.block_of_step, segment.forwards.num_accepted[table.forward])
+        np.add.at(accepted, table.block_of_step, table.accepted.sum(axis=1))
         np.add.at(gained, walked.block, walked.gained)
         vanilla, own = np.diff(table.offsets), np.bincount(walked.block, minlength=blocks)
         return {

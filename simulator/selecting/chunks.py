@@ -64,7 +64,7 @@ def chunk_rows(
         start,
         stop,
         np.maximum(1, forwards.num_tokens // np.maximum(1, forwards.branches)),
-        forwards.kv_tokens,
+        np.maximum(forwards.kv_tokens, 0),
         forwards.block,
         np.empty(0, np.int32) if trajectory.position is None else trajectory.position,
         unknown if trajectory.state is None else trajectory.state,

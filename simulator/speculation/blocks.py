@@ -8,7 +8,7 @@ import numpy as np
 
 from tracer.errors import UserError
 from tracer.jit import njit
-from tracer.schema import COMMIT, DECODED, DENOISE, MASKED, PROMPT
+from tracer.schema import COMMIT, DECODED, DENOISE, PROMPT, undecided
 from tracer.trace import ForwardTable, Segment, TokenTable
 
 
@@ -104,6 +104,14 @@ def refuse_batches(forwards: ForwardTable, policy: str) -> None:
     if (parts != 1).any():
         found = forwards.forward_id[np.flatnonzero(parts != 1)[0]]
         raise UserError(f"{policy} replays one request a call, but forward {found} holds several; capture at batch 1.")
+
+
+def refuse_edits(tokens: TokenTable, policy: str) -> None:
+    """Raise a UserError where a decided token changes; ``policy`` is who asks."""
+    if tokens.edited.any():
+        raise UserError(
+            f"{policy} takes decided tokens to stay, and this trace edits them; replay it with another policy."
+        )
 
 
 def block_key(forwards: ForwardTable) -> np.ndarray:
@@ -209,7 +217,8 @@ def _gather(
             f"{policy} needs every call of a block to hold the same positions, but forward {found} does not; "
             "capture the run again."
         )
-    masked = ~absent & (tokens.state[row] == MASKED)
+    refuse_edits(tokens, policy)
+    masked = ~absent & undecided(tokens.state[row])
     sure = np.where(absent, np.float32(np.nan), tokens.confidence[row])
     unsure = (masked & np.isnan(sure)).any(axis=1)
     if confidence and unsure.any():

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.speculation.blocks import ordered_steps, refuse_batches
+from simulator.speculation.blocks import ordered_steps, refuse_batches, refuse_edits
 from simulator.speculation.walk import BRANCHES
 from tracer.errors import UserError
 from tracer.jit import njit
-from tracer.schema import MASKED
+from tracer.schema import undecided
 from tracer.trace import Segment
 
 
@@ -89,7 +89,8 @@ def branch_table(segment: Segment, block_length: int, policy: str) -> BranchTabl
             f"{policy} needs every call and branch of a block to hold the same positions, but forward {found} does not; "
             "capture the run again."
         )
-    masked = ~absent & (tokens.state[row] == MASKED)
+    refuse_edits(tokens, policy)
+    masked = ~absent & undecided(tokens.state[row])
     sure = np.where(absent, np.float32(np.nan), tokens.confidence[row])
     unsure = (masked & np.isnan(sure)).any(axis=(1, 2))
     if unsure.any():

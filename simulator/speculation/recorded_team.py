@@ -18,6 +18,7 @@ from simulator.speculation.walk import accept, mark_cold, two_surest
 from tracer.decoding.quotas import quotas
 from tracer.errors import UserError
 from tracer.jit import njit
+from tracer.schema import PADDING
 from tracer.trace import LayerTrace, Segment
 
 LOOP = "team"
@@ -135,7 +136,7 @@ def _follow(
                         right, extra = 2, 1
             if wanted > 1 and chosen[s] != right:
                 return s, 4
-            if gained[s] != count[right] + extra:
+            if gained[s] >= 0 and gained[s] != count[right] + extra:
                 return s, 5
             kept = right
     return -1, 0
@@ -229,6 +230,9 @@ def check_rows(layer: LayerTrace, trajectory: Trajectory) -> None:
         Naming the first forward where they differ.
     """
     idle = np.zeros(len(layer.count), bool) if trajectory.reused is None else trajectory.reused
+    if trajectory.state is not None:
+        # padding counts as not routed, whatever the rules say of its row
+        idle = idle | (trajectory.state == PADDING)
     present = np.repeat(layer.present, np.diff(trajectory.forwards.row_offsets))
     wrong = present & ((layer.count == 0) != idle)
     if wrong.any():

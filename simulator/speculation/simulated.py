@@ -9,7 +9,7 @@ import numpy as np
 from simulator.policy import Trajectory
 from simulator.speculation.blocks import BlockTable, rows_when_done
 from simulator.speculation.walk import BRANCHES
-from tracer.schema import DECODED, DENOISE, MASKED
+from tracer.schema import DECODED, DENOISE, undecided
 from tracer.trace import ForwardTable, Segment
 
 
@@ -135,7 +135,7 @@ def simulated_trajectory(
     else:
         following = None
     state = state[source]
-    state[known & (state == MASKED)] = DECODED
+    state[known & undecided(state)] = DECODED
     trajectory = Trajectory(
         forwards=_forward_table(forwards, table, walk, (like, which, special), offsets, state),
         position=position[source],
@@ -158,7 +158,7 @@ def _forward_table(
 ) -> ForwardTable:
     like, which, special = items
     simulated = which >= 0
-    masked = np.concatenate(([0], np.cumsum(state == MASKED)))
+    masked = np.concatenate(([0], np.cumsum(undecided(state))))
     begin = np.zeros(len(table.commit), np.int64)
     begin[walk.block[::-1]] = np.arange(len(walk.block))[::-1]
     step, gained = recorded.step[like], recorded.num_accepted[like]
@@ -181,6 +181,7 @@ def _forward_table(
         kv_tokens=recorded.kv_tokens[like],
         num_masked=masked[offsets[1:]] - masked[offsets[:-1]],
         num_accepted=gained,
+        num_edited=np.zeros(len(like), np.int64),
         branches=np.where(special, BRANCHES, 1).astype(np.uint8),
         chosen_branch=chosen,
         duration_ns=duration,

@@ -33,6 +33,7 @@ class RoutingTally:
         self.sizes = np.array([geometry.expert_bytes[layer] for layer in geometry.layers], np.int64)
         self.forwards = np.zeros(len(KINDS), np.int64)
         self.accepted = np.zeros(len(KINDS), np.int64)
+        self.accepted_known = True
         # By kind: cells, unique experts, unique experts of the current block, assignments.
         self.cells = np.zeros((len(KINDS), 4), np.int64)
         self.working_set = 0
@@ -71,7 +72,8 @@ class RoutingTally:
         forwards = trajectory.forwards
         kind = forwards.forward_kind if forwards.num_forwards else np.zeros(0, np.uint8)
         self.forwards += np.bincount(kind, minlength=len(KINDS))
-        np.add.at(self.accepted, forwards.kind, forwards.num_accepted)
+        np.add.at(self.accepted, forwards.kind, np.maximum(forwards.num_accepted, 0))
+        self.accepted_known &= bool((forwards.num_accepted[forwards.kind == DENOISE] >= 0).all())
         for column, values in enumerate((cells.present, cells.unique, cells.in_block, cells.assignments)):
             np.add.at(self.cells[:, column], kind, values.sum(axis=1))
         self.working_set += int((cells.unique @ self.sizes).sum())
@@ -115,8 +117,10 @@ class RoutingTally:
             "unique_experts_block_all_forwards": ratio(of_all[2], of_all[0]),
             "unique_experts_per_request": ratio(math.fsum(block / cells for cells, block in own), len(own)),
             "unique_experts_ci95": _interval(shares, ratio(of_denoise[1], of_denoise[0])),
-            "tokens_per_forward": ratio(accepted, denoise),
-            "tokens_per_forward_with_commit": ratio(accepted, denoise + int(self.forwards[COMMIT])),
+            "tokens_per_forward": ratio(accepted, denoise) if self.accepted_known else None,
+            "tokens_per_forward_with_commit": (
+                ratio(accepted, denoise + int(self.forwards[COMMIT])) if self.accepted_known else None
+            ),
             "assignments": int(of_all[3]),
             "working_set_bytes": ratio(self.working_set, int(self.forwards.sum())),
             "gate_retained": (ratio(self.kept, self.vanilla) if self.vanilla else 1.0) if self.has_weights else None,

@@ -15,6 +15,7 @@ from tests.analysis.traces import random_trace
 from tests.builders import block_run
 from tracer.parquet import TraceWriter, open_trace
 from tracer.schema import KINDS
+from tracer.trace import CallRouting
 
 EXPERTS, TOP_K, LAYERS, BLOCK = 32, 4, (1, 2, 3), 16
 EXPERT_BYTES = 3 * 128 * 64 * 4
@@ -34,7 +35,7 @@ NOTE = "Open loop: restricting experts would change hidden states and later rout
 def meta(model="demo:llada2", **more):
     """A meta.json."""
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "created": "2026-01-05T10:00:00Z",
         "complete": True,
         "capture_level": "scores",
@@ -215,15 +216,27 @@ def replay(forward_table, seed=1, **more):
     return ReplaySummary(document=made, cells=cells(np.random.default_rng(seed), forward_table, made))
 
 
-def stored(path, seed=0, forwards_kept=None, tokens_kept=True, confident=True, routed=True, **shape):
+def stored(
+    path,
+    seed=0,
+    forwards_kept=None,
+    tokens_kept=True,
+    confident=True,
+    routed=True,
+    changed=None,
+    finished=True,
+    **shape,
+):
     """A segment made by the builders, and the trace it was written to, opened.
 
     ``forwards_kept``: how many of its model calls are written; ``tokens_kept``, ``confident``, ``routed``: whether the trace
-    has a tokens table, confidences and routed rows. ``shape`` goes to the builder.
+    has a tokens table, confidences and routed rows. ``changed(segment)`` is written in place of the segment; without
+    ``finished`` the last request never ends. ``shape`` goes to the builder.
     """
     segment, first_block = block_run(np.random.default_rng(seed), **{"requests": 2, **shape})
+    segment = segment if changed is None else changed(segment)
     forwards, tokens = segment.forwards, segment.tokens
-    layers = {layer: segment.layer(layer, True) for layer in segment.layers}
+    layers = {layer: segment.layer(layer, True, with_padding=True) for layer in segment.layers}
     described = {**meta("made"), "capture_level": "scores"}
     described["model"] |= {"num_layers": 3, "moe_layers": list(layers), "num_experts": 9, "top_k": 2}
     described["model"] |= {"moe_intermediate_size": 64, "num_shared_experts": 0, "dense_bytes": 1 << 20}
@@ -247,23 +260,23 @@ def stored(path, seed=0, forwards_kept=None, tokens_kept=True, confident=True, r
                 "num_accepted",
             )
             part = {name: int(getattr(forwards, name)[f]) for name in names} | {"kind": KINDS[forwards.kind[f]]}
+            part |= {name: None for name in ("kv_tokens", "num_masked", "num_accepted") if part[name] < 0}
             columns = ("position", "token_id", "state", "predicted_id", "confidence", "accepted")
             told = {name: getattr(tokens, name)[rows] for name in columns}
             if not confident:
                 told |= {"confidence": np.full_like(told["confidence"], np.nan)}
                 told |= {"predicted_id": np.full_like(told["predicted_id"], -1)}
-            routing = {
-                layer: {
-                    "expert_ids": table.expert_ids[rows],
-                    "gate_weights": table.gate_weights[rows],
-                    "router_scores": table.router_scores[rows],
-                    "score_experts": None,
-                    "routed": None if routed else np.zeros(rows.stop - rows.start, bool),
-                }
-                for layer, table in layers.items()
-            }
+            routing = CallRouting(
+                tuple(layers),
+                *(
+                    np.stack([getattr(table, name)[rows] for table in layers.values()])
+                    for name in ("expert_ids", "gate_weights", "router_scores")
+                ),
+                count=None if routed else np.zeros((len(layers), rows.stop - rows.start), np.uint8),
+            )
             writer.add_call([part], told if tokens_kept else None, routing)
-        for request, block in first_block.items() if forwards_kept is None else ():
+        ended = list(first_block.items()) if forwards_kept is None else []
+        for request, block in ended if finished else ended[:-1]:
             writer.add_request(
                 {
                     "request_id": request,
@@ -273,4 +286,5 @@ def stored(path, seed=0, forwards_kept=None, tokens_kept=True, confident=True, r
                     "stop_reason": "length",
                 }
             )
+        writer.close(complete=finished)
     return segment, open_trace(path)

@@ -189,6 +189,17 @@ def test_block_progress_equals_the_naive_means(seed, requests, blocks):
         assert frame["accepted"].sum() == pytest.approx(replayed.BLOCK)
 
 
+def test_block_progress_leaves_out_what_the_trace_does_not_say():
+    told = replayed.forwards(np.random.default_rng(0))
+    last = (pl.col("step") == pl.col("step").max()) & (pl.col("kind") == "denoise")
+    some = told.with_columns(num_accepted=pl.when(~last).then("num_accepted"))
+    frame, whole = aggregate.block_progress(some), aggregate.block_progress(told)
+    assert frame.drop("accepted").equals(whole.drop("accepted"))
+    assert frame["accepted"].to_list() == [*whole["accepted"].to_list()[:-1], None]
+    drawn = charts.block_progress(frame).to_dict()
+    assert sum(len(rows) for rows in drawn["datasets"].values()) == 2 * frame.height - 1
+
+
 @given(seed=st.integers(0, 2**32 - 1), layers=st.integers(1, 4), experts=st.integers(1, 40))
 @settings(max_examples=40, deadline=None)
 def test_load_by_rank_equals_the_naive_shares(seed, layers, experts):

@@ -180,7 +180,7 @@ def test_rows_without_confidence_or_routing():
 
 @pytest.mark.parametrize("kept", ["prompt", "padding"])
 def test_denoise_forwards_that_route_no_block_row(kept):
-    """Rows outside the block (a prompt without a KV cache), or padding, are all there is."""
+    """Rows outside the block (a prompt without a KV cache) are all there is; or padding, which counts for nothing."""
     trace = written_trace({1: np.zeros((4, 2, 1), int), 2: np.ones((4, 2, 1), int)}, np.full((4, 2), MASKED), **SMALL)
     tokens = trace.parts[0].tokens
     if kept == "prompt":
@@ -190,8 +190,12 @@ def test_denoise_forwards_that_route_no_block_row(kept):
     trace.parts[0].forwards.block[:] = 3
     result = consistency(trace, settings=FAST)
     spoken = {name for name, frame in result.frames.items() if frame.height}
-    assert spoken == {"cosine", "drift", "survival", "working_set", "unique", "acceptance"}
-    assert set(result.frames["unique"]["scope"]) == {"forward"}
+    if kept == "padding":
+        assert spoken == set() and result.summary["decisions"] == 0
+        assert {result.reasons[name] for name in SCHEMAS} == {"No row of the trace is routed in any MoE layer."}
+    else:
+        assert spoken == {"cosine", "drift", "survival", "working_set", "unique", "acceptance"}
+        assert set(result.frames["unique"]["scope"]) == {"forward"}
     assert all(result.reasons[name] for name in set(SCHEMAS) - spoken)
     json.dumps(result.to_json(), allow_nan=False)
 

@@ -43,16 +43,15 @@ def memory_trace(segments, routers, block_length, datasets=None, tables=("reques
         dtype="float32",
     )
     meta = TraceMeta(
-        schema_version=1,
+        schema_version=2,
         complete=True,
         capture_level="ids",
         model=model,
         routers=routers,
-        score_dtype=None,
         tables=tables,
         decoding={"block_length": block_length},
-        encodings={},
         provenance={},
+        segments=None,
         raw={},
     )
     found = sorted({int(r) for segment in segments for r in segment.forwards.request_id})
@@ -141,6 +140,7 @@ def written_trace(
             kv_tokens=np.zeros(count, np.int64),
             num_masked=(states[piece] == MASKED).sum(axis=1).astype(np.int64),
             num_accepted=accepted[piece].sum(axis=1).astype(np.int64),
+            num_edited=np.zeros(count, np.int64),
             branches=np.ones(count, np.uint8),
             chosen_branch=np.full(count, -1, np.int16),
             duration_ns=np.full(count, -1, np.int64),
@@ -154,6 +154,7 @@ def written_trace(
             argmax_id=predicted[piece].reshape(-1).astype(np.int32),
             argmax_confidence=confidence[piece].reshape(-1).astype(np.float32),
             accepted=accepted[piece].reshape(-1),
+            edited=np.zeros(count * width, bool),
         )
         routing = {}
         for layer, all_sets in sets.items():

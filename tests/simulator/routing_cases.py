@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from simulator.acceptance.recorded import Recorded
 from simulator.policy import Geometry
-from tests.builders import block_run, router
+from tests.builders import block_run, in_memory, router
 from tracer.schema import PADDING
 from tracer.trace import Segment
 
@@ -85,10 +85,7 @@ def with_layers(segment, change):
     """The segment with ``change(layer_trace)`` in the place of each layer."""
     layers = {layer: change(segment.layer(layer, True)) for layer in segment.layers}
 
-    def load(layer, with_scores):
-        return layers[layer] if with_scores else replace(layers[layer], router_scores=None)
-
-    return Segment(forwards=segment.forwards, tokens=segment.tokens, layers=segment.layers, load=load)
+    return in_memory(segment.forwards, segment.tokens, layers)
 
 
 def calls_of(segment, calls):
@@ -104,8 +101,8 @@ def calls_of(segment, calls):
     )
     tokens = replace(segment.tokens, **{f.name: getattr(segment.tokens, f.name)[rows] for f in fields(segment.tokens)})
 
-    def load(layer, with_scores):
-        found = segment.load(layer, with_scores)
+    def load(layer, with_scores, with_weights):
+        found = segment.load(layer, with_scores, with_weights)
         arrays = ("expert_ids", "count", "gate_weights", "router_scores")
         taken = {name: None if getattr(found, name) is None else getattr(found, name)[rows] for name in arrays}
         return replace(found, present=found.present[calls], **taken)

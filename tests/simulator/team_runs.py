@@ -152,6 +152,7 @@ def _segment(rng, happened, specs, prompt):
         kv_tokens=np.array([f["rows"][0][0] for f in happened], np.int64),
         num_masked=np.add.reduceat(state == MASKED, offsets[:-1]).astype(np.int64),
         num_accepted=np.array([f["gained"] for f in happened], np.int64),
+        num_edited=np.zeros(calls, np.int64),
         branches=np.array([f["rows"][-1][7] + 1 for f in happened], np.uint8),
         chosen_branch=np.array([f["chosen"] for f in happened], np.int16),
         duration_ns=np.full(calls, -1, np.int64),
@@ -166,6 +167,7 @@ def _segment(rng, happened, specs, prompt):
         argmax_id=predicted,
         argmax_confidence=confidence,
         accepted=np.array(column[4], bool),
+        edited=np.zeros(len(rows), bool),
     )
     layers = {layer: _layer(rng, layer, spec, happened, offsets) for layer, spec in specs.items()}
     return in_memory(forwards, tokens, layers)

@@ -57,7 +57,7 @@ def without_ties(trace, seed):
         noise = np.random.default_rng((seed, old.layer)).uniform(0.999, 1.001, old.gate_weights.shape)
         return replace(old, gate_weights=(old.gate_weights * noise).astype(np.float32))
 
-    return replace(trace, pieces=[replace(p, load=lambda n, s, p=p: layer(p.load(n, s))) for p in trace.pieces])
+    return replace(trace, pieces=[replace(p, load=lambda *asked, p=p: layer(p.load(*asked))) for p in trace.pieces])
 
 
 def renamed(trace, labels):
@@ -75,7 +75,7 @@ def renamed(trace, labels):
             router=spec(old.router),
         )
 
-    pieces = [replace(p, load=lambda n, s, p=p: layer(p.load(n, s))) for p in trace.pieces]
+    pieces = [replace(p, load=lambda *asked, p=p: layer(p.load(*asked))) for p in trace.pieces]
     meta = replace(trace.meta, routers={n: spec(one) for n, one in trace.meta.routers.items()})
     return MemoryTrace(meta, trace.first_block, pieces)
 
@@ -126,8 +126,8 @@ def constant_gate():
     """A trace whose second layer gives every expert the same score in every row: all of its choices are ties."""
     trace = decoded(3)
 
-    def flat(piece, number, with_scores):
-        layer = piece.load(number, with_scores)
+    def flat(piece, number, *asked):
+        layer = piece.load(number, *asked)
         if number != 2:
             return layer
         rows = len(layer.count)
@@ -139,7 +139,7 @@ def constant_gate():
             router=replace(layer.router, expert_bias=None),
         )
 
-    pieces = [replace(p, load=lambda n, s, p=p: flat(p, n, s)) for p in trace.pieces]
+    pieces = [replace(p, load=lambda *asked, p=p: flat(p, *asked)) for p in trace.pieces]
     meta = replace(trace.meta, routers={n: replace(r, expert_bias=None) for n, r in trace.meta.routers.items()})
     return MemoryTrace(meta, trace.first_block, pieces)
 
@@ -162,8 +162,8 @@ def cut(trace, keep):
     )
     tokens = replace(piece.tokens, **{f.name: getattr(piece.tokens, f.name)[rows] for f in fields(piece.tokens)})
 
-    def load(number, with_scores):
-        layer = piece.load(number, with_scores)
+    def load(*asked):
+        layer = piece.load(*asked)
         return replace(
             layer,
             expert_ids=layer.expert_ids[rows],

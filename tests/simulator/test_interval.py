@@ -179,7 +179,7 @@ def still_trace(blocks=3, steps=5):
     spec = trace.meta.routers[1]
     layer = random_layer(np.random.default_rng(0), 1, table, spec, short_rows=False)
     layer = replace(layer, expert_ids=np.tile(layer.expert_ids[:2], (len(calls), 1)))
-    return MemoryTrace(trace.meta, {0: 0}, [Segment(table, None, (1,), lambda number, scores: layer)])
+    return MemoryTrace(trace.meta, {0: 0}, [Segment(table, None, (1,), lambda *asked: layer)])
 
 
 def test_a_trace_that_always_wants_the_same_has_no_drift_and_prefers_the_smallest_of_equals():

@@ -155,12 +155,13 @@ def test_a_file_may_give_everything_itself(tmp_path):
 def test_a_number_without_a_source_does_not_load(tmp_path, key):
     rest = {other: ("1.5", '"there"') for other in OPTIONAL}
     for value, source, reason in (
-        ("1.5", '" "', f"{key} in the hardware file mine.toml has no source"),
-        ("1.5", "3", f"{key} in the hardware file mine.toml has no source"),
-        ("-1", '"x"', "is no positive number"),
-        ("nan", '"x"', "is no positive number"),
-        ("true", '"x"', "is no positive number"),
-        ('"1"', '"x"', "is no positive number"),
+        ("1.5", '" "', f"hardware file mine.toml: {key}.source must be a text that says where .*, not ' '"),
+        ("1.5", "3", f"hardware file mine.toml: {key}.source must be a text that says where .*, not 3"),
+        ("-1", '"x"', f"hardware file mine.toml: {key}.value must be a number .*0, not -1"),
+        ("nan", '"x"', f"{key}.value must be a number .*0, not nan"),
+        ("inf", '"x"', f"{key}.value must be a number .*0, not inf"),
+        ("true", '"x"', f"{key}.value must be a number .*0, not True"),
+        ('"1"', '"x"', f"{key}.value must be a number .*0, not '1'"),
     ):
         with pytest.raises(UserError, match=reason):
             load_hardware(written(tmp_path, whole(**(rest | {key: (value, source)}))))
@@ -168,8 +169,8 @@ def test_a_number_without_a_source_does_not_load(tmp_path, key):
     entry = f"[{key}]\nvalue = 1.5\n"
     assert text.count(entry) == 1
     for broken, reason in (
-        (text.replace(entry + "source", entry + "note"), "has no source"),
-        (text.replace(entry, f"[{key}]\n"), rf"has no {key}; add \[{key}\] with value"),
+        (text.replace(entry + "source", entry + "note"), f"{key}.source is missing: it must be a text that says where"),
+        (text.replace(entry, f"[{key}]\n"), f"{key}.value is missing: it must be a number"),
         (text.replace(entry, f"[{MEASUREMENTS}]\n"), rf"has no {key}; add \[{key}\] with value and source, or a part"),
     ):
         with pytest.raises(UserError, match=reason):
@@ -187,10 +188,19 @@ def test_unknown_presets_and_broken_files_are_refused(tmp_path):
         load_hardware(str(tmp_path / "absent.toml"))
     for text, reason in (
         ("value = ", "is not TOML"),
-        (whole() + "[colour]\nvalue = 1\n", "unknown entry colour; it takes gpu_memory_bytes"),
+        (whole() + "[colour]\nvalue = 1\n", "mine.toml: it has an unknown entry colour; it takes gpu, .*line_slope_us"),
+        (whole() + "[gpu_flop]\nvalue = 1\n", r"it has an unknown entry gpu_flop, did you mean gpu_flops\."),
+        ("gpu = 3\n" + whole(), "mine.toml: gpu must be a text, not 3"),
+        ("description = 3\n" + whole(), "mine.toml: description must be a text, not 3"),
         ('gpu = "abacus"\n' + whole(), "There is no gpu part 'abacus'; there are a100-40gb"),
-        ('gpu = "l40s"\n', r"has no cpu_flops; add \[cpu_flops\] with value and source, or a part: cpu = NAME"),
-        ("gpu_flops = 3\n" + whole().replace("gpu_flops", "colour"), r"has no gpu_flops; add \[gpu_flops\]"),
+        (
+            'gpu = "l40s"\n',
+            r"has no cpu_flops.*; add \[cpu_flops\] with value and source.*, or a part: cpu = NAME; and no cpu_bytes",
+        ),
+        (
+            "gpu_flops = 3\n" + whole().replace("gpu_flops", "colour"),
+            r"unknown entry colour; .*; gpu_flops must be a table \[gpu_flops\] with value and source, not 3\.",
+        ),
     ):
         with pytest.raises(UserError, match=reason):
             load_hardware(written(tmp_path, text))
@@ -198,6 +208,23 @@ def test_unknown_presets_and_broken_files_are_refused(tmp_path):
         load_hardware("h200", {"wheels": "four"})
     with pytest.raises(UserError, match=r"There is no dram part '\.\./gpu/h200'"):
         load_hardware("h200", {"dram": "../gpu/h200"})
+
+
+def test_all_faults_are_told_at_once(tmp_path):
+    text = whole(gpu_flops=("0", '"x"'), cpu_flops=("1", '""'), h2d_bytes_per_s=('"fast"', "2"))
+    with pytest.raises(UserError) as told:
+        load_hardware(written(tmp_path, "colour = 1\n" + text))
+    assert str(told.value).split(": ", 1)[0] == "The hardware file mine.toml"
+    faults = str(told.value).split(": ", 1)[1].split("; ")
+    assert faults[0] == "it has an unknown entry colour" and faults[1].startswith("it takes gpu, cpu")
+    assert faults[2:] == [
+        "gpu_flops.value must be a number above 0, not 0",
+        "cpu_flops.source must be a text that says where the value comes from, not ''",
+        "h2d_bytes_per_s.value must be a number above 0, not 'fast'",
+        "h2d_bytes_per_s.source must be a text that says where the value comes from, not 2.",
+    ]
+    with pytest.raises(UserError, match=r"gpu_memory_bytes\.value .*; and 7 more\.$"):
+        load_hardware(written(tmp_path, whole(**{key: ("-1", '"x"') for key in (*VALUES, *PARTS["nvme"])})))
 
 
 def test_the_wheel_takes_every_file_that_is_no_source():

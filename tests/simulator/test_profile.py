@@ -82,7 +82,7 @@ def test_a_file_without_a_gpu_asks_for_one(measured, tmp_path):
     found = measured[1] | {"gpu": None, "values": {key: measured[1]["values"][key] for key in HOST}}
     path = tmp_path / "host.toml"
     path.write_text(profile.profile_text(found), encoding="utf-8")
-    with pytest.raises(UserError, match=r"host\.toml has no gpu_memory_bytes; .* or a part: gpu = NAME"):
+    with pytest.raises(UserError, match=r"host\.toml has no gpu_memory_bytes, .*; add .* or a part: gpu = NAME"):
         load_hardware(str(path))
     assert load_hardware(str(path), {"gpu": "h200"}).gpu_bytes_per_s == 4.8e12
 

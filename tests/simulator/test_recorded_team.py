@@ -21,7 +21,7 @@ from tests.simulator.test_acceptance_team import naive_quota
 from tests.simulator.test_kernels import naive_choose
 from tests.simulator.traces import MemoryTrace, meta_of
 from tracer.errors import UserError
-from tracer.schema import COMMIT, DENOISE, MASKED
+from tracer.schema import COMMIT, DENOISE, MASKED, PADDING
 
 
 def decoding_of(policy, threshold, steps):
@@ -275,6 +275,7 @@ def test_runs_of_other_rules_are_refused():
     refused(f"forward {at} kept another branch", chosen_branch=changed(forwards.chosen_branch, at, 1))
     gained = int(forwards.num_accepted[at]) + 1
     refused(f"forward {at} gained another number", num_accepted=changed(forwards.num_accepted, at, gained))
+    refused("this trace edits them", edited=changed(tokens.edited, taken, True))
     refused(f"1 or 4 branches, but forward {at} has 2", branches=changed(forwards.branches, at, 2))
     refused(f"forward {at} holds another number of branches", branches=changed(forwards.branches, at, 1))
     refused(f"which forward {at} lacks", confidence=changed(tokens.confidence, taken, np.nan))
@@ -292,6 +293,24 @@ def test_runs_of_other_rules_are_refused():
     # The same calls without a word that TEAM made them are no run to start from.
     with pytest.raises(UserError, match="starts from a vanilla run"):
         policy.unroll(segment, replace(where, decoding={"threshold": 0.9}))
+
+
+def test_tokens_gained_need_not_be_known():
+    segment, _, _, policy, where = big_run()
+    nobody_knows = replace(segment.forwards, num_accepted=np.full_like(segment.forwards.num_accepted, -1))
+    one, other = (policy.unroll(each, where) for each in (segment, replace(segment, forwards=nobody_knows)))
+    assert one.reused.tolist() == other.reused.tolist() and one.cold.tolist() == other.cold.tolist()
+
+
+def test_padding_is_idle_whatever_the_rules_say():
+    segment, _, _, policy, where = big_run()
+    trajectory = policy.unroll(segment, where)
+    row = int(np.flatnonzero(~trajectory.reused)[0])
+    padded = replace(trajectory, state=changed(trajectory.state, row, PADDING))
+    made = with_layers(segment, lambda layer: replace(layer, count=changed(layer.count, row, 0))).layer(1, True)
+    Team().select(made, padded, where)
+    with pytest.raises(UserError, match="computed other rows in layer 1"):
+        Team().select(made, trajectory, where)
 
 
 def test_other_rows_and_other_experts_are_refused():

@@ -87,7 +87,8 @@ class EveryOther:
         columns = {
             n: getattr(table, n)[parts] for n in ("request_id", "kind", "block", "step", "num_tokens", "kv_tokens")
         }
-        columns |= {n: getattr(table, n)[parts] for n in ("num_masked", "num_accepted", "branches", "chosen_branch")}
+        more = ("num_masked", "num_accepted", "num_edited", "branches", "chosen_branch")
+        columns |= {n: getattr(table, n)[parts] for n in more}
         sizes = [len(r) for r in rows]
         source = np.concatenate(rows)
         reused = np.arange(len(source)) % 3 == 2
@@ -208,7 +209,11 @@ def test_relabelling_experts_changes_no_figure_of_a_trace_without_ties(seed):
 
 
 def relabel(piece, labels):
-    return replace(piece, load=lambda n, s: replace(piece.load(n, s), expert_ids=labels[piece.load(n, s).expert_ids]))
+    def load(*asked):
+        found = piece.load(*asked)
+        return replace(found, expert_ids=labels[found.expert_ids])
+
+    return replace(piece, load=load)
 
 
 def test_cells_have_the_published_columns_and_json_the_published_keys(tmp_path):
@@ -302,7 +307,7 @@ def test_what_the_first_pass_keeps_changes_nothing(share, monkeypatch):
     trace = random_trace(9, segments=4, calls=5, num_layers=3)
     routings, read = ["vanilla", FirstSlots(1), Halved(1)], []
     specs = [*RESIDENCIES, "static:budget=2", "belady:budget=2", "belady:scope=global,budget=2"]
-    pieces = [replace(p, load=lambda n, s, p=p: read.append(n) or p.load(n, s)) for p in trace.pieces]
+    pieces = [replace(p, load=lambda n, *asked, p=p: read.append(n) or p.load(n, *asked)) for p in trace.pieces]
     trace = replace(trace, pieces=pieces)
     kept = replay(trace, routings, specs, "h100-pcie5")
     once = len(read)

@@ -71,7 +71,7 @@ def test_a_split_goes_by_the_loads_of_the_trace_fitted_on(seed, monkeypatch):
 
 def stored(folder, name, seed, **shape):
     """Path of a trace on disk."""
-    recorded = record(np.random.default_rng(seed), some_unrouted=True, **{"layers": LAYERS, **shape})
+    recorded = record(np.random.default_rng(seed), count=True, **{"layers": LAYERS, **shape})
     with TraceWriter(folder / name, recorded.meta, segment_forwards=3) as writer:
         recorded.write(writer)
     return folder / name

@@ -152,7 +152,7 @@ def test_a_trace_keeps_its_identity_when_it_moves_and_loses_it_when_it_grows(tra
     again.path.rename(moved)
     assert trace_identity(open_trace(moved)) == before
     meta = json.loads((moved / "meta.json").read_text())
-    (moved / "meta.json").write_text(json.dumps(meta | {"complete": False}))
+    (moved / "meta.json").write_text(json.dumps(meta | {"complete": False, "checksum": None}))
     assert trace_identity(open_trace(moved)) != before
 
 
@@ -187,7 +187,7 @@ def test_another_trace_to_fit_on_is_noticed_under_its_old_name(trace, tmp_path):
     spec = [f"static:budget=2,fit_on={path}"]
     assert [sweep(trace, residency=spec, out=out).computed for _ in range(2)] == [1, 0]
     meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps(meta | {"complete": False}))
+    (path / "meta.json").write_text(json.dumps(meta | {"complete": False, "checksum": None}))
     assert sweep(trace, residency=spec, out=out).computed == 1
 
 

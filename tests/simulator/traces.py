@@ -37,7 +37,7 @@ def meta_of(specs, *, block_length=4, expert_bytes=None, level="scores", **model
     first = next(iter(specs.values()))
     geometry = {"hidden_size": 64, "moe_intermediate_size": 32, "dense_bytes": 1 << 20, "dtype": "bfloat16"} | model
     return TraceMeta(
-        schema_version=1,
+        schema_version=2,
         complete=True,
         capture_level=level,
         model=ModelInfo(
@@ -51,11 +51,10 @@ def meta_of(specs, *, block_length=4, expert_bytes=None, level="scores", **model
             **geometry,
         ),
         routers=specs,
-        score_dtype="float32",
         tables=("requests", "forwards", "tokens", "routing"),
         decoding={"loop": "own", "block_length": block_length, "kv_cache": True},
-        encodings={},
         provenance={},
+        segments=None,
         raw={},
     )
 
@@ -94,6 +93,7 @@ def forward_table(calls, first=0):
         kv_tokens=np.zeros(len(parts), np.int64),
         num_masked=np.array(column[5], np.int64),
         num_accepted=np.array(column[6], np.int64),
+        num_edited=np.zeros(len(parts), np.int64),
         branches=np.ones(len(parts), np.uint8),
         chosen_branch=np.full(len(parts), -1, np.int16),
         duration_ns=np.full(len(parts), -1, np.int64),
@@ -173,6 +173,7 @@ def random_trace(
             argmax_id=np.full(rows, -1, np.int32),
             argmax_confidence=np.full(rows, np.nan, np.float32),
             accepted=np.zeros(rows, bool),
+            edited=np.zeros(rows, bool),
         )
         layers = {}
         for layer, spec in specs.items():

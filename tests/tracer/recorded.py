@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.builders import route_row, router, scores
-from tracer.files.cells import active_columns
+from tracer.check import check
+from tracer.parquet import open_trace
+from tracer.schema import tables_of
+from tracer.trace import CallRouting
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Recorded:
                 writer.add_request(row)
 
 
-def meta_of(spec, layers, level, tables=("requests", "forwards", "tokens", "routing"), score_dtype="float32"):
+def meta_of(spec, layers, level, tokens=True):
     return {
         "capture_level": level,
         "model": {
@@ -44,38 +47,37 @@ def meta_of(spec, layers, level, tables=("requests", "forwards", "tokens", "rout
             if spec.expert_bias is None
             else {str(layer): [float(x) for x in spec.expert_bias] for layer in layers},
         },
-        "score_dtype": score_dtype,
-        "tables": list(tables),
+        "tables": tables_of(level, tokens),
         "decoding": {"block_length": 3, "kv_cache": True},
     }
 
 
 def record(rng, *, num_experts=9, top_k=2, layers=(1, 2), level="ids", batches=2, batch=2, weights=True, tokens=True,
-           some_unrouted=False, branches=1, id_dtype=np.int64):  # fmt: skip
-    """Decode ``batches`` times ``batch`` requests side by side, blocks of 3, with a prefill, denoise and commit calls."""
+           count=False, nan_scores=False, unweighted=(), branches=1, id_dtype=np.int64):  # fmt: skip
+    """Decode ``batches`` times ``batch`` requests side by side, blocks of 3, with a prefill, denoise and commit calls.
+
+    With ``count`` some rows have fewer than K experts, or none, and what stands behind the real ones is nonsense; with
+    ``nan_scores`` some rows have no scores; layers ``unweighted`` have no weights.
+    """
     spec = router(rng, num_experts, top_k, bias=True)
-    tables = ("requests", "forwards", "tokens", "routing") if tokens else ("requests", "forwards", "routing")
-    recorded = Recorded(meta_of(spec, layers, level, tables))
+    recorded = Recorded(meta_of(spec, layers, level, tokens))
 
     def routing(rows):
-        cells = {}
-        for layer in layers:
-            score = scores(rng, rows, spec)
-            chosen = [route_row(row, spec) for row in score]
-            cell = {
-                "expert_ids": np.array([ids for ids, _ in chosen], id_dtype).reshape(rows, top_k),
-                "gate_weights": np.array([w for _, w in chosen], np.float32).reshape(rows, top_k) if weights else None,
-                "router_scores": None,
-                "score_experts": None,
-                "routed": rng.random(rows) < 0.7 if some_unrouted else None,
-            }
-            if level == "scores":
-                cell["router_scores"] = score
-            if level == "active":
-                columns = active_columns(cell["expert_ids"], score, spec.expert_bias, cell["routed"])
-                cell["router_scores"], cell["score_experts"] = score[:, columns], columns
-            cells[layer] = cell
-        return cells
+        shape = (len(layers), rows)
+        score = np.stack([scores(rng, rows, spec) for _ in layers]).reshape(*shape, num_experts)
+        chosen = [[route_row(row, spec) for row in own] for own in score]
+        ids = np.array([[ids for ids, _ in own] for own in chosen], id_dtype).reshape(*shape, top_k)
+        weight = np.array([[w for _, w in own] for own in chosen], np.float32).reshape(*shape, top_k)
+        weight[[layer in unweighted for layer in layers]] = np.nan
+        real = None
+        if count:
+            # rows without an expert and whole ones are as common as all others together
+            real = rng.choice([0, top_k, *range(top_k + 1)], shape)
+            beyond = np.arange(top_k) >= real[..., None]
+            ids[beyond], weight[beyond] = np.iinfo(id_dtype).max, np.nan
+        if nan_scores:
+            score[rng.random(shape) < 0.3] = np.nan
+        return CallRouting(tuple(layers), ids, weight if weights else None, None if level == "ids" else score, real)
 
     def add(kind, block, step, requests, positions, masked):
         parts, start = [], 0
@@ -132,3 +134,27 @@ def record(rng, *, num_experts=9, top_k=2, layers=(1, 2), level="ids", batches=2
             for request in requests
         ]
     return recorded
+
+
+def naive_active(ids, scores, bias, top_k):
+    """Experts that level "active" keeps of a layer of a call, ascending.
+
+    The union, over rows that have ids and scores, of the ids and of the K experts of largest score plus bias, ties to the
+    lowest id. ``ids`` holds the real ids of each row.
+    """
+    kept = set()
+    for row, score in zip(ids, scores):
+        if len(row) and not np.isnan(score).all():
+            selection = score + bias
+            kept |= set(row) | set(sorted(range(len(score)), key=lambda e: (-selection[e], e))[:top_k])
+    return sorted(kept)
+
+
+def assert_unfinished(path, calls=None):
+    """Nothing is wrong with a trace but that it was not finished; it holds so many calls."""
+    trace = open_trace(path)
+    ended = sum(reason != "interrupted" for reason in trace.requests["stop_reason"])
+    words = f"this trace was not finished: {ended} requests of {len(trace.requests)} ended."
+    assert check(path) == [f"{path}: {words}"]
+    assert not trace.meta.complete and "segments" not in trace.meta.raw
+    assert calls is None or trace.num_forwards == calls

@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.builders import route_row
 from tests.tiny_models import MASK, VOCAB, hooks_left, prompt, tiny_model
+from tests.tracer.cells import cells
 from tracer.adapters.find import find_gates
 from tracer.check import check
 from tracer.errors import UserError
@@ -123,7 +124,7 @@ def check_rule(recorder):
     meta = recorder.meta
     assert meta["router"]["verified"]
     for call in recorder.calls:
-        for layer, cell in call.routing.items():
+        for layer, cell in cells(call.routing).items():
             spec = spec_of(meta, layer)
             for scores, ids, weights in zip(
                 cell["router_scores"], cell["expert_ids"], cell["gate_weights"], strict=True
@@ -145,8 +146,8 @@ def test_native_routers_are_read_as_the_experts_receive_them(family):
     assert recorder.meta["router"]["score_function"] == function
     assert recorder.gates.gates[0].adapter == ("gemma" if family == "gemma4_text" else "router_tuple")
     for number, call in enumerate(recorder.calls):
-        assert sorted(call.routing) == sorted(received) == recorder.meta["model"]["moe_layers"]
-        for layer, cell in call.routing.items():
+        assert list(call.routing.layers) == sorted(received) == recorder.meta["model"]["moe_layers"]
+        for layer, cell in cells(call.routing).items():
             ids, weights = received[layer][number]
             assert np.array_equal(cell["expert_ids"], ids.numpy())
             assert np.array_equal(cell["gate_weights"], weights.half().numpy())
@@ -160,7 +161,7 @@ def test_llada2_order_is_not_mistaken_for_the_native_one():
         with torch.no_grad(), record(model, level="scores") as recorder:
             model(input_ids=prompt(16))
         assert {gate.adapter for gate in recorder.gates.gates} == {adapter}
-        for layer, cell in recorder.calls[0].routing.items():
+        for layer, cell in cells(recorder.calls[0].routing).items():
             assert np.array_equal(cell["expert_ids"], received[layer][0][0].numpy())
         check_rule(recorder)
 
@@ -182,7 +183,7 @@ def test_sparse_mixer_works_at_level_ids_only():
     with torch.no_grad(), record(model, level="ids") as recorder:
         model(input_ids=prompt(12), use_cache=False)
     assert not recorder.meta["router"]["verified"]
-    for layer, cell in recorder.calls[0].routing.items():
+    for layer, cell in cells(recorder.calls[0].routing).items():
         assert np.array_equal(cell["expert_ids"], received[layer][0][0].numpy())
     with pytest.raises(UserError, match="level ids works"), torch.no_grad(), record(model, level="scores"):
         model(input_ids=prompt(12), use_cache=False)
@@ -273,7 +274,7 @@ def test_linear_gates_are_recomputed_as_the_block_does(normed, bias, told, dtype
     rule = recorder.meta["router"]
     assert rule["norm_topk_prob"] == normed and rule["bias_in_weights"] == bias == (rule["expert_bias"] is not None)
     for number, call in enumerate(recorder.calls):
-        for layer, cell in call.routing.items():
+        for layer, cell in cells(call.routing).items():
             ids, weights = model.layers[layer].seen[number]
             assert np.array_equal(cell["expert_ids"], ids.numpy())
             assert np.array_equal(cell["gate_weights"], weights.half().numpy())
@@ -340,7 +341,7 @@ def test_a_users_own_reader_comes_first():
     with torch.no_grad(), record(model, adapter=read, level="scores", mask_id=MASK) as recorder:
         model(prompt(16))
     assert recorder.gates.gates[0].adapter == "user"
-    for layer, cell in recorder.calls[0].routing.items():
+    for layer, cell in cells(recorder.calls[0].routing).items():
         assert np.array_equal(cell["expert_ids"], model.layers[layer].seen[0][0].numpy())
 
 
@@ -420,7 +421,7 @@ def test_diffusion_gemma_is_followed_through_its_own_generate(tmp_path):
     counters = {"encoder": 0, "decoder": 0}
     for call in recorder.calls:
         role = "decoder" if call.parts[0]["kind"] == "denoise" else "encoder"
-        for layer, cell in call.routing.items():
+        for layer, cell in cells(call.routing).items():
             ids, weights = received[role, layer][counters[role]]
             assert np.array_equal(cell["expert_ids"], ids.numpy())
             assert np.array_equal(cell["gate_weights"], weights.half().numpy())

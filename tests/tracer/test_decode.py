@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_models import BLOCK, EOS, FAMILIES, MASK, VOCAB, block_causal, prompt, tiny_model
+from tests.tracer.cells import cells
 from tracer.decode import decode_llada2, decode_sdar
 from tracer.decoding.accept import accept, predict
 from tracer.decoding.quotas import quotas
@@ -125,7 +126,7 @@ def test_cached_and_full_window_decoding_route_alike(family, length):
         for call in recorder.calls:
             part = call.parts[0]
             if part["kind"] == "denoise":
-                for layer, cell in call.routing.items():
+                for layer, cell in cells(call.routing).items():
                     for row, position in enumerate(call.tokens["position"]):
                         if position // BLOCK == part["block"]:
                             key = (part["block"], part["step"], layer, int(position))

@@ -115,6 +115,19 @@ def test_a_broken_dump_is_refused_in_a_sentence(tmp_path, change, says):
     source = write(tmp_path / "a.route.csv", broken(rows(), change))
     with pytest.raises(UserError, match=says):
         import_bigmoe(source, tmp_path / "a.trace")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_broken_dump_replaces_nothing(tmp_path):
+    import_bigmoe(write(tmp_path / "a.route.csv", rows()), tmp_path / "a.trace")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    # the second turn lacks a row, which shows when the first one is written
+    source = write(tmp_path / "b.route.csv", rows()[:-1])
+    with pytest.raises(UserError, match="has 1 rows"):
+        import_bigmoe(source, tmp_path / "a.trace", force=True)
+    source.unlink()
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.route.csv", "a.trace"]
 
 
 def test_a_foreign_file_is_refused(tmp_path):

@@ -9,17 +9,17 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tracer.recorded import record
-from tracer.files.cells import active_columns
+from tests.tracer.recorded import naive_active, record
+from tracer.files.row_kernels import active_columns
 from tracer.parquet import TraceWriter, open_trace
 
 
 def naive_slots(calls, layer):
-    """Slots of every row of a layer: lists of expert ids, None for rows that were not routed."""
+    """Slots of every row of a layer: lists of the real expert ids; rows with fewer than K keep the order they are given in."""
     remembered = {}  # request -> branches and {(branch, position): slots} of the request's previous call
     rows = []
     for parts, tokens, routing in calls:
-        cell = routing[layer]
+        n = routing.layers.index(layer)
         for part in parts:
             first, count, branches = part["row_start"], part["num_tokens"], part["branches"]
             (had, before), now = remembered.get(part["request_id"], (0, {})), {}
@@ -30,12 +30,12 @@ def naive_slots(calls, layer):
                 )
                 # a branch follows itself, or the first one where the previous call had fewer branches
                 earlier = before.get((branch if branch < had else 0, position))
-                if cell["routed"] is not None and not cell["routed"][r]:
-                    rows.append(None)
+                ids = [int(e) for e in routing.expert_ids[n][r]]
+                if routing.count is not None and routing.count[n][r] < len(ids):
+                    rows.append(ids[: routing.count[n][r]])
                     if earlier:
                         now[branch, position] = earlier
                     continue
-                ids = [int(e) for e in cell["expert_ids"][r]]
                 if earlier:
                     slots = [e if e in ids else None for e in earlier]
                     newcomers = [e for e in ids if e not in earlier]
@@ -55,7 +55,7 @@ def naive_slots(calls, layer):
     batch=st.integers(1, 3),
     tokens=st.booleans(),
     weights=st.booleans(),
-    some_unrouted=st.booleans(),
+    count=st.booleans(),
     branches=st.integers(1, 3),
     segment_forwards=st.integers(1, 9),
 )
@@ -69,21 +69,11 @@ def test_kernel_equals_naive(seed, geometry, batch, segment_forwards, **options)
         segments = list(open_trace(path).segments())
         for layer in recorded.meta["model"]["moe_layers"]:
             found = [
-                row.tolist() if count else None
+                row[:count].tolist()
                 for own in (segment.layer(layer) for segment in segments)
                 for row, count in zip(own.expert_ids, own.count)
             ]
             assert found == naive_slots(recorded.calls, layer)
-
-
-def naive_active(ids, scores, bias, routed):
-    """Union over routed rows of the recorded ids and of the K experts of largest score plus bias, ties to the lowest id."""
-    kept = set()
-    for row, score, on in zip(ids, scores, routed):
-        if on:
-            selection = score + bias
-            kept |= set(row.tolist()) | set(sorted(range(len(score)), key=lambda e: (-selection[e], e))[: len(row)])
-    return sorted(kept)
 
 
 @settings(max_examples=100, deadline=None)
@@ -96,7 +86,11 @@ def test_active_columns_equal_naive(seed, rows, experts, with_bias):
     scores = (rng.integers(0, 4, (rows, experts)) / 4).astype(np.float32)
     bias = (rng.integers(0, 3, experts) / 4).astype(np.float32) if with_bias else None
     routed = rng.random(rows) < 0.8
-    found = active_columns(ids, scores, bias, routed)
-    assert found.tolist() == naive_active(ids, scores, np.float32(0) if bias is None else bias, routed)
-    everywhere = active_columns(ids, scores, bias)
-    assert everywhere.tolist() == naive_active(ids, scores, np.float32(0) if bias is None else bias, [True] * rows)
+    # as the scores of a row that were not recorded
+    scores[rng.random(rows) < 0.2] = np.nan
+    own_bias = np.float32(0) if bias is None else bias
+    known = ~np.isnan(scores).all(axis=1)
+    real = [row if on else [] for row, on in zip(ids.tolist(), routed)]
+    assert active_columns(ids, scores, bias, routed & known).tolist() == naive_active(real, scores, own_bias, top_k)
+    everywhere = active_columns(ids[known], scores[known], bias)
+    assert everywhere.tolist() == naive_active(ids.tolist(), scores, own_bias, top_k)

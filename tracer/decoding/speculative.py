@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tracer.errors import UserError
+from tracer.trace import CallRouting
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class SpeculativeCalls:
         finally:
             self._recorder.states.write_call = self._write
 
-    def _amend(self, parts: list[dict], tokens: dict[str, np.ndarray], routing: dict[int, dict]) -> None:
+    def _amend(self, parts: list[dict], tokens: dict[str, np.ndarray], routing: CallRouting) -> None:
         call = self._queue.popleft()
         if call is not None:
             parts = [
@@ -67,22 +68,24 @@ class SpeculativeCalls:
                 }
             ]
             if call.routed is not None:
-                routing = {layer: _spread(cell, call.routed) for layer, cell in routing.items()}
+                routing = _spread(routing, call.routed)
         self._write(parts, tokens, routing)
 
 
-def _spread(cell: dict[str, Any], routed: np.ndarray) -> dict[str, Any]:
-    """A cell of the routed rows alone as one of all rows, zeros elsewhere."""
+def _spread(routing: CallRouting, routed: np.ndarray) -> CallRouting:
+    """Routing of the routed rows alone as that of all rows, zeros elsewhere."""
 
     def whole(array: np.ndarray | None) -> np.ndarray | None:
         if array is None:
             return None
-        spread = np.zeros((len(routed), array.shape[1]), array.dtype)
-        spread[routed] = array
+        spread = np.zeros((len(array), len(routed), array.shape[2]), array.dtype)
+        spread[:, routed] = array
         return spread
 
-    spread = {name: whole(cell[name]) for name in ("expert_ids", "gate_weights", "router_scores")}
-    return {**cell, **spread, "routed": routed}
+    ids = whole(routing.expert_ids)
+    assert ids is not None
+    count = np.broadcast_to(np.where(routed, ids.shape[2], 0), ids.shape[:2])
+    return CallRouting(routing.layers, ids, whole(routing.gate_weights), whole(routing.router_scores), count)
 
 
 def tell_decoding(recorder: Any, section: dict[str, Any]) -> None:

@@ -1,18 +1,16 @@
-"""The open segment: what calls bring, copied into arrays that grow.
-
-A call's layers are copied in one go, in stored order; everything that can wait until the segment is encoded is left to the
-background thread.
-"""
+"""The open segment: what calls bring, copied as it comes; everything that can wait is left to the background thread."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from tracer.errors import UserError
-from tracer.trace import TraceMeta
+from tracer.files.row_kernels import active_columns
+from tracer.schema import id_type
+from tracer.trace import CallRouting, TraceMeta
 
 TOKEN_TYPES: dict[str, np.dtype[Any]] = {
     "position": np.dtype(np.int32),
@@ -23,76 +21,33 @@ TOKEN_TYPES: dict[str, np.dtype[Any]] = {
     "argmax_id": np.dtype(np.int32),
     "argmax_confidence": np.dtype(np.float32),
     "accepted": np.dtype(np.bool_),
+    "edited": np.dtype(np.bool_),
 }
 TOKEN_BYTES = sum(dtype.itemsize for dtype in TOKEN_TYPES.values())
 # the argmax columns repeat the predicted ones, which come before them, where they are not given
 TOKEN_LIKE = {"argmax_id": "predicted_id", "argmax_confidence": "confidence"}
-FIRST_ROWS = 4096
-# arrays up to this size are joined faster as bytes, in half the time, than as arrays
-JOINED_BYTES = 4096
-
-
-class Rows:
-    """An array that grows along its first axis; ``raw`` are its bytes."""
-
-    __slots__ = ("raw", "values")
-    values: np.ndarray
-    raw: memoryview
-
-    def __init__(self, values: np.ndarray) -> None:
-        self._take(values)
-
-    def _take(self, values: np.ndarray) -> None:
-        self.values = values
-        self.raw = values.reshape(-1).view(np.uint8).data
-
-    def room(self, start: int, end: int) -> np.ndarray:
-        """Rows ``start`` to ``end - 1``, to be filled."""
-        if end > len(self.values):
-            rows = max(end, 2 * len(self.values), FIRST_ROWS)
-            grown = np.empty((rows, *self.values.shape[1:]), self.values.dtype)
-            grown[:start] = self.values[:start]
-            self._take(grown)
-        return self.values[start:end]
 
 
 class OpenSegment:
     """Calls and ended requests not written yet.
 
-    Token rows: ``row_ends`` is where each call's rows end, ``forward_ids`` their numbers, ``parts`` the ``forwards`` rows,
-    ``call_parts`` how many of them each call has; :meth:`tokens` has the columns. Cells, one a call and layer, stand in stored
-    order, layers ascending in a call: ``ids`` and ``weights`` hold their rows one after the other (no weights until a cell has
-    some), ``layers`` the layers of each call, ``routed`` the masks of cells that did not route every row, ``unweighted`` the
-    cells without gate_weights. ``num_bytes`` counts what was put.
-
-    Parameters
-    ----------
-    meta : TraceMeta
-    like : OpenSegment or None
-        A segment of about the size that this one will have.
+    ``parts`` are the ``forwards`` rows, ``call_parts`` how many of them each call has, ``row_ends`` where each call's rows end,
+    ``forward_ids`` their numbers; ``calls`` their routing, ids and weights in stored types; ``active`` per call and layer the
+    kept experts and their scores [rows, C] at level "active". ``num_bytes`` counts what was put.
     """
 
-    def __init__(self, meta: TraceMeta, like: OpenSegment | None = None) -> None:
+    def __init__(self, meta: TraceMeta) -> None:
         self.meta = meta
         self.parts: list[dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.forward_ids: list[int] = []
         self.row_ends: list[int] = []
         self.call_parts: list[int] = []
-        self.layers: list[tuple[int, ...]] = []
-        self.num_cells = self.num_cell_rows = self.num_bytes = 0
-        top_k = meta.model.top_k
-        rows = like.num_cell_rows if like else 0
-        weight_rows = rows if like and len(like.weights.values) else 0
-        self.ids: Rows = Rows(np.empty((rows, top_k), like.ids.values.dtype if like else np.uint8))
-        self.weights: Rows = Rows(np.empty((weight_rows, top_k), np.float16))
-        self.unweighted: list[int] = []
-        self.routed: dict[int, np.ndarray] = {}
-        self.scores: list[np.ndarray] = []
-        self.score_experts: list[np.ndarray | None] = []
+        self.calls: list[CallRouting] = []
+        self.active: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        self.num_bytes = 0
         # the bytes of each column
         self._tokens = {name: bytearray() for name in TOKEN_TYPES} if "tokens" in meta.tables else None
-        self._ascending: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @property
     def num_calls(self) -> int:
@@ -114,149 +69,96 @@ class OpenSegment:
         parts: list[dict[str, Any]],
         rows: int,
         tokens: Mapping[str, Any] | None,
-        routing: Mapping[int, Mapping[str, Any]],
+        routing: CallRouting,
     ) -> None:
         """Copy a call in. Shapes and types are checked, values are not.
 
         Raises
         ------
         UserError
-            Naming call, layer and column; the segment is as before then.
+            Naming call and column; the segment is as before then.
         """
-        start = self.num_rows
         name = f"call {forward_id}"
         columns = {} if self._tokens is None else _tokens(name, (rows,), tokens or {})
-        size = 0
-        given = tuple(routing)
-        layers = self._ascending.get(given) or self._ascending.setdefault(given, tuple(sorted(given)))
-        cells = [routing[layer] for layer in layers]
-        # which columns the cells have at all: most calls lack most of them
-        there: set[str] = set().union(*cells)
-        first, last = self.num_cell_rows, self.num_cell_rows + rows * len(layers)
-        shape = (rows, self.meta.model.top_k)
-        self._put_ids(name, layers, _column(cells, there, "expert_ids"), shape, first, last)
-        unweighted = self._put_weights(name, layers, _column(cells, there, "gate_weights"), shape, first, last)
-        routed = {}
-        for n, mask in enumerate(_column(cells, there, "routed") if "routed" in there else ()):
-            if mask is not None:
-                mask = _array(f"{name}, layer {layers[n]}", "routed", mask, shape[:1], "b", "booleans")
-                if not mask.all():
-                    routed[self.num_cells + n] = np.array(mask)
-        level, experts = self.meta.capture_level, self.meta.model.num_experts
-        if level != "ids":
-            pairs = zip(layers, cells, strict=True)
-            found = [_scores(f"{name}, layer {layer}", level, experts, rows, cell) for layer, cell in pairs]
-            self.scores += [scores for scores, _ in found]
-            self.score_experts += [columns for _, columns in found]
-            size += sum(scores.nbytes for scores, _ in found)
-        elif "router_scores" in there:
-            for n, scores in enumerate(_column(cells, there, "router_scores")):
-                if scores is not None:
-                    raise UserError(f"{name}, layer {layers[n]}: capture level ids keeps no router_scores.")
+        call = stored_routing(name, routing, rows, self.meta)
+        active: list[tuple[np.ndarray, np.ndarray]] = []
+        if self.meta.capture_level == "active":
+            active = _active(call, self.meta)
+            call = CallRouting(call.layers, call.expert_ids, call.gate_weights, None, call.count)
+        size = sum(
+            array.nbytes for array in (call.expert_ids, call.gate_weights, call.router_scores) if array is not None
+        )
+        # nothing can fail any more
         if self._tokens is not None:
-            # nothing can fail any more
             for column, values in columns.items():
                 self._tokens[column].extend(values)
             size += rows * TOKEN_BYTES
-        self.unweighted += [self.num_cells + n for n in unweighted]
-        self.routed |= routed
+        self.calls.append(call)
+        self.active.append(active)
         self.parts += [{"forward_id": forward_id, **part} for part in parts]
-        self.forward_ids.append(forward_id)
-        self.row_ends.append(start + rows)
+        self.row_ends.append(self.num_rows + rows)
         self.call_parts.append(len(parts))
-        self.layers.append(layers)
-        self.num_cells += len(layers)
-        self.num_cell_rows = last
-        self.num_bytes += size + (last - first) * shape[1] * (self.ids.values.itemsize + 2)
+        self.num_bytes += size + sum(experts.nbytes + scores.nbytes for experts, scores in active)
+        self.forward_ids.append(forward_id)
 
-    def _put_ids(
-        self, name: str, layers: tuple[int, ...], given: list[Any], shape: tuple[int, int], first: int, last: int
-    ) -> None:
-        if _stack(self.ids, first, last, given, shape):
-            return
-        found = [
-            _array(f"{name}, layer {layer}", "expert_ids", ids, shape, "iu", "whole numbers")
-            for layer, ids in zip(layers, given, strict=True)
-        ]
-        wide = np.result_type(*found)
-        if wide.kind == "f":
-            # unsigned beside signed words
-            wide = np.dtype(np.int64)
-        if first == 0:
-            self.ids = Rows(np.empty((0, shape[1]), wide))
-        elif not np.can_cast(wide, self.ids.values.dtype):
-            self.ids = Rows(self.ids.values.astype(np.int64))
-        np.concatenate(found, out=self.ids.room(first, last), casting="unsafe")
 
-    def _put_weights(
-        self, name: str, layers: tuple[int, ...], given: list[Any], shape: tuple[int, int], first: int, last: int
-    ) -> list[int]:
-        """Copy weights in, 0 where a layer has none; which layers of the call these are."""
-        missing = [n for n, weights in enumerate(given) if weights is None]
-        weighted = len(self.unweighted) < self.num_cells
-        if len(missing) == len(given):
-            if weighted:
-                self.weights.room(first, last)[:] = 0
-            return missing
-        if not weighted:
-            self.weights.room(0, first)[:] = 0
-        if _stack(self.weights, first, last, given, shape):
-            return missing
-        found = [
-            np.zeros(shape, np.float16)
-            if weights is None
-            else weights
-            if weights.__class__ is np.ndarray and weights.shape == shape and weights.dtype.kind == "f"
-            else _array(f"{name}, layer {layer}", "gate_weights", weights, shape, "f", "floats")
-            for layer, weights in zip(layers, given, strict=True)
-        ]
+def stored_routing(name: str, given: CallRouting, rows: int, meta: TraceMeta) -> CallRouting:
+    """A copy of a call's routing in the types it is stored in, its shapes held against rows and model.
+
+    Raises
+    ------
+    UserError
+        Naming the column; also for ids that do not fit the stored type.
+    """
+    model, level = meta.model, meta.capture_level
+    layers, shape = len(given.layers), (len(given.layers), rows)
+    dtype = id_type(model.num_experts)
+    ids = _array(name, "expert_ids", given.expert_ids, (*shape, model.top_k), "iu", "whole numbers")
+    count = None
+    if given.count is not None:
+        count = _array(name, "count", given.count, shape, "iu", "whole numbers")
+        if count.size and not 0 <= count.min() <= count.max() <= model.top_k:
+            raise UserError(f"{name}: count must lie in 0..{model.top_k}.")
+        count = None if (count == model.top_k).all() else count.astype(np.uint8)
+    if ids.dtype != dtype or model.num_experts not in (256, 65536):
+        real = ids if count is None else np.where(np.arange(model.top_k) < count[..., None], ids, 0)
+        if real.size and not 0 <= real.min() <= real.max() < model.num_experts:
+            wrong = np.argwhere(((real < 0) | (real >= model.num_experts)).any(axis=2))[0]
+            where = f"layer {given.layers[wrong[0]]}, row {wrong[1]}"
+            message = f"expert ids {real[tuple(wrong)].tolist()} must lie in 0..{model.num_experts - 1}"
+            raise UserError(f"{name}, {where}: {message}.")
+    weights = given.gate_weights
+    if weights is not None:
+        weights = _array(name, "gate_weights", weights, (*shape, model.top_k), "f", "floats")
         # weights too large for float16 become infinite here and are reported when the segment is encoded
         with np.errstate(over="ignore"):
-            np.concatenate(found, out=self.weights.room(first, last), casting="same_kind")
-        return missing
+            weights = np.array(weights, np.float16, order="C")
+    scores = given.router_scores
+    if (scores is None) != (level == "ids"):
+        wanted = "keeps no router_scores" if level == "ids" else "needs router_scores of all experts"
+        raise UserError(f"{name}: capture level {level} {wanted}.")
+    if scores is not None:
+        scores = np.array(_array(name, "router_scores", scores, (*shape, model.num_experts), "f", "floats"), np.float32)
+    if layers != len(set(given.layers)) or list(given.layers) != sorted(given.layers):
+        raise UserError(f"{name}: layers must ascend, not {list(given.layers)}.")
+    return CallRouting(tuple(given.layers), np.array(ids, dtype, order="C"), weights, scores, count)
 
 
-def _column(cells: list[Mapping[str, Any]], there: Collection[str], column: str) -> list[Any]:
-    """A column of cells, of which ``there`` are the columns that any of them has."""
-    return [cell.get(column) for cell in cells] if column in there else [None] * len(cells)
-
-
-def _stack(rows: Rows, first: int, last: int, arrays: list[Any], shape: tuple[int, ...]) -> bool:
-    """Copy arrays of one shape and of the type of ``rows``, one after the other; False where there are others."""
-    dtype = rows.values.dtype
-    try:
-        if arrays[0].dtype is not dtype:
-            return False
-        if any([array.shape != shape or array.dtype is not dtype for array in arrays]):
-            return False
-        room = rows.room(first, last)
-        if arrays[0].nbytes > JOINED_BYTES:
-            np.concatenate(arrays, out=room)
-        else:
-            size = room.nbytes // (last - first)
-            rows.raw[first * size : last * size] = b"".join(arrays)
-    except (AttributeError, TypeError, BufferError):
-        return False
-    return True
-
-
-def _scores(
-    name: str, level: str, experts: int, rows: int, given: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Copies of one cell's scores and their columns, as the capture level has them."""
-    scores, columns = given.get("router_scores"), given.get("score_experts")
-    if scores is None or (columns is None) != (level == "scores"):
-        wanted = "router_scores of all experts" if level == "scores" else "router_scores and score_experts"
-        raise UserError(f"{name}: capture level {level} needs {wanted}.")
-    width = experts
-    if columns is not None:
-        columns = np.array(columns)
-        width = len(columns)
-        wrong = columns.ndim != 1 or columns.dtype.kind not in "iu"
-        if wrong or (width and (columns[0] < 0 or columns[-1] >= experts or (columns[1:] <= columns[:-1]).any())):
-            raise UserError(f"{name}: score_experts must be ascending expert ids below {experts}.")
-    scores = _array(name, "router_scores", scores, (rows, width), "f", "floats")
-    return np.array(scores, np.float32, order="C"), columns
+def _active(call: CallRouting, meta: TraceMeta) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per layer the experts whose scores level "active" keeps, and these scores; NaN rows stay NaN."""
+    assert call.router_scores is not None
+    found = []
+    for n, layer in enumerate(call.layers):
+        scores = call.router_scores[n]
+        routed = ~np.isnan(scores).all(axis=1)
+        if call.count is not None:
+            routed &= call.count[n] > 0
+        ids = call.expert_ids[n]
+        if call.count is not None:
+            ids = np.where(np.arange(ids.shape[1]) < call.count[n][:, None], ids, ids[:, :1])
+        experts = active_columns(ids, scores, meta.routers[layer].expert_bias, routed)
+        found.append((experts.astype(call.expert_ids.dtype), np.ascontiguousarray(scores[:, experts])))
+    return found
 
 
 def _tokens(name: str, shape: tuple[int], given: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -265,10 +167,13 @@ def _tokens(name: str, shape: tuple[int], given: Mapping[str, Any]) -> dict[str,
     for column, dtype in TOKEN_TYPES.items():
         values = given.get(column)
         if values is None:
-            if column not in TOKEN_LIKE:
+            if column == "edited":
+                values = np.zeros(shape, np.bool_)
+            elif column in TOKEN_LIKE:
+                found[column] = found[TOKEN_LIKE[column]]
+                continue
+            else:
                 raise UserError(f"{name}: tokens {column} is missing.")
-            found[column] = found[TOKEN_LIKE[column]]
-            continue
         if values.__class__ is not np.ndarray:
             values = np.asarray(values)
         if values.shape != shape:

@@ -1,159 +1,154 @@
-"""One binary column of ``routing`` over the cells of a segment: found, kept in memory or streamed, gathered by layer."""
+"""What the columns of a part must be, and their values as NumPy arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from tracer.errors import TraceError
-from tracer.files.cells import copy_cells, join_planes
-from tracer.files.parts import CellChunk, PartFile, cell_chunks, open_part
+from tracer.schema import TABLES, Column, widths
 
-# a column of a segment that is larger than this is streamed anew for every layer instead of being kept
-CACHE_BYTES = 512 << 20
-STREAM_BYTES = 32 << 20
+if TYPE_CHECKING:
+    from tracer.files.parts import PartFile
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows ``low`` to ``high - 1`` of one routing part: the cells from ``first`` on of the segment."""
-
-    part: PartFile
-    low: int
-    high: int
-    first: int
-
-
-@dataclass(slots=True)
-class CellColumn:
-    """A binary column over the cells of a segment. Safe to use from several threads."""
-
-    name: str
-    pieces: tuple[Piece, ...]
-    encoding: str
-    _large: bool = field(init=False)
-    _kept: list[CellChunk] | None = None
-    _lengths: np.ndarray | None = None  # int64, of every cell of the segment
-    _lock: Lock = field(default_factory=Lock)
-
-    def __post_init__(self) -> None:
-        self._large = sum(piece.part.cell_bytes(self.name)[1] for piece in self.pieces) > CACHE_BYTES
-
-    def chunks(self) -> Iterator[CellChunk]:
-        """The cells in order; ``first`` counts cells of the segment."""
-        if self._large:
-            for piece in self.pieces:
-                yield from self._stream(piece)
-            return
-        yield from self._read_once()
-
-    def _read_once(self) -> list[CellChunk]:
-        with self._lock:
-            if self._kept is None:
-                self._kept = [chunk for piece in self.pieces for chunk in self._read(piece)]
-        return self._kept
-
-    @property
-    def busy(self) -> bool:
-        """Whether another thread is reading it just now."""
-        return self._lock.locked()
-
-    def read_ahead(self) -> None:
-        """Read it now, if it is one that is kept."""
-        if not self._large:
-            self._read_once()
-
-    def _read(self, piece: Piece) -> Iterator[CellChunk]:
-        if self.name not in piece.part.present:
-            return
-        part = _own_reader(piece.part)
-        for group, begin in part.row_groups(piece.low, piece.high):
-            values = part.read([self.name], group).column(0)
-            low = max(0, piece.low - begin)
-            taken = values.slice(low, piece.high - begin - low)
-            yield from cell_chunks(taken, piece.first + begin + low - piece.low)
-
-    def _stream(self, piece: Piece) -> Iterator[CellChunk]:
-        if self.name not in piece.part.present:
-            return
-        part = _own_reader(piece.part)
-        rows = max(1, STREAM_BYTES * part.num_rows // max(1, part.cell_bytes(self.name)[1]))
-        groups = part.row_groups(piece.low, piece.high)
-        begin = groups[0][1] if groups else 0
-        for batch in part.batches(self.name, rows, [group for group, _ in groups]):
-            low = max(0, piece.low - begin)
-            taken = batch.column(0).slice(low, max(0, piece.high - begin - low))
-            yield from cell_chunks(taken, piece.first + begin + low - piece.low)
-            begin += batch.num_rows
-
-    def cell_fault(self, cell: int, message: str) -> TraceError:
-        """A fault of a cell of the segment, naming table, part and row."""
-        piece = next(p for p in reversed(self.pieces) if p.first <= cell)
-        return piece.part.fault(cell - piece.first + piece.low, message)
-
-    def lengths(self, cells: np.ndarray) -> np.ndarray:
-        """int64 [M]: bytes of the given cells (ascending); -1 where null or where the column is missing."""
-        if self._lengths is None:
-            last = self.pieces[-1]
-            found = np.full(last.first + last.high - last.low, -1, np.int64)
-            for chunk in self.chunks():
-                sizes = np.diff(chunk.offsets)
-                own = slice(chunk.first, chunk.first + len(chunk))
-                found[own] = sizes if chunk.valid is None else np.where(chunk.valid, sizes, -1)
-            self._lengths = found
-        return self._lengths[cells]
-
-    def gather(self, cells: np.ndarray, starts: np.ndarray, sizes: np.ndarray, out: np.ndarray) -> None:
-        """Copy cells (ascending) to byte offsets ``starts`` of ``out``, undoing the column's encoding.
-
-        Parameters
-        ----------
-        cells, starts, sizes : int64 [M]
-            ``sizes`` are the bytes each cell must have.
-        out : any contiguous array
-
-        Raises
-        ------
-        TraceError
-            Where a cell is null or of another length; nothing of it is copied.
-        """
-        target = out.reshape(-1).view(np.uint8)
-        copied = 0
-        for chunk, wanted, local in self._matches(cells):
-            found = chunk.offsets[local + 1] - chunk.offsets[local]
-            wrong = found != sizes[wanted]
-            if chunk.valid is not None:
-                wrong |= ~chunk.valid[local]
-            if wrong.any():
-                at = int(np.argmax(wrong))
-                null = chunk.valid is not None and not chunk.valid[local[at]]
-                have = "is null" if null else f"has {found[at]} bytes"
-                message = f"{self.name} {have} and must have {sizes[wanted][at]}"
-                raise self.cell_fault(int(cells[wanted][at]), message + ".")
-            if self.encoding == "byte_planes" and out.itemsize > 1:
-                words = target.view(np.uint16) if out.itemsize == 2 else target
-                join_planes(chunk.data, chunk.offsets, local, starts[wanted], words, out.itemsize)
-            else:
-                copy_cells(chunk.data, chunk.offsets, local, starts[wanted], target)
-            copied += len(local)
-        if copied < len(cells):
-            lacking = next(piece.part for piece in self.pieces if self.name not in piece.part.present)
-            raise lacking.fault(None, f"column {self.name} is missing.")
-
-    def _matches(self, cells: np.ndarray) -> Iterator[tuple[CellChunk, slice, np.ndarray]]:
-        """Chunks that hold some of the cells, which of them (a slice), and their indices in the chunk."""
-        for chunk in self.chunks():
-            if len(cells) and chunk.first <= cells[0] and cells[-1] < chunk.first + len(chunk):
-                yield chunk, slice(None), cells - chunk.first
-                return
-            low, high = np.searchsorted(cells, (chunk.first, chunk.first + len(chunk)))
-            if low < high:
-                yield chunk, slice(low, high), cells[low:high] - chunk.first
+COLUMNS = {table: {column.name: column for column in columns} for table, columns in TABLES.items()}
+NUMBERS: dict[str, Any] = {
+    "uint8": pa.uint8(),
+    "uint16": pa.uint16(),
+    "uint32": pa.uint32(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "bool": pa.bool_(),
+}
 
 
-def _own_reader(part: PartFile) -> PartFile:
-    """The part opened once more: Parquet readers must not be shared between threads."""
-    return open_part(part.path, part.table, part.number)
+def arrow_schema(table: str, num_experts: int, top_k: int) -> pa.Schema:
+    """Arrow schema of a table of a model with E experts, K a row, as the writer writes it; what is required is not nullable."""
+    types = NUMBERS | {"string": pa.string(), "binary": pa.binary()}
+    types |= {name: pa.binary(width) for name, width in widths(num_experts, top_k).items()}
+    return pa.schema([pa.field(c.name, types[c.type], nullable=c.optional) for c in TABLES[table]])
+
+
+def check_columns(part: PartFile) -> None:
+    """Raise a TraceError where a part lacks a column, or holds one of a foreign type or name."""
+    found = part.schema.names
+    for column in TABLES[part.table]:
+        if column.name not in found:
+            if not column.optional:
+                raise part.fault(None, f"column {column.name} is missing.")
+            continue
+        kind = part.schema.field(column.name).type
+        width = part.widths.get(column.type)
+        if not _type_fits(kind, column, width):
+            wanted = column.type if width is None else f"binary of {width} bytes"
+            raise part.fault(None, f"column {column.name} must be {wanted}, not {kind}.")
+    for name in found:
+        if name not in COLUMNS[part.table] or found.count(name) > 1:
+            raise part.fault(
+                None, f"column {name} is none of the format's: take it out, or put it into a file of its own."
+            )
+
+
+def _type_fits(found: pa.DataType, column: Column, width: int | None) -> bool:
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_null(found):
+        return column.optional
+    if width is not None and pa.types.is_fixed_size_binary(found):
+        return found.byte_width == width
+    if column.type == "binary" or width is not None:
+        return pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_binary_view(found)
+    if column.type == "string":
+        return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
+    if column.type == "bool":
+        return pa.types.is_boolean(found)
+    if column.type == "float32":
+        return pa.types.is_floating(found)
+    return pa.types.is_integer(found)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what a library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def binaries(values: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A binary array's bytes uint8 and the bounds int64 [n + 1] of its values in them; a null has no bytes."""
+    wide = pc.fill_null(values.cast(pa.large_binary()), b"")
+    _, bounds, data = wide.buffers()
+    offsets = np.frombuffer(bounds, np.int64, len(wide) + 1, 8 * wide.offset)
+    return np.frombuffer(b"" if data is None or data.size == 0 else data, np.uint8), offsets
+
+
+def fixed(part: PartFile, name: str, table: pa.Table, first: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """A fixed-width binary column: uint8 [rows, width], and which rows are null (None = none).
+
+    ``first`` is the row of the part that the table begins with.
+    """
+    values: Any = table.column(name)
+    values = values.chunk(0) if values.num_chunks == 1 else pa.concat_arrays(values.chunks)
+    width = part.widths[COLUMNS[part.table][name].type]
+    nulls = np.asarray(values.is_null()) if values.null_count else None
+    if nulls is not None and nulls.all():
+        return np.zeros((len(values), width), np.uint8), nulls
+    if not pa.types.is_fixed_size_binary(values.type):
+        data, offsets = binaries(values)
+        lengths = np.diff(offsets)
+        wrong = np.flatnonzero((lengths != width) & (True if nulls is None else ~nulls))
+        if len(wrong):
+            at = int(wrong[0])
+            raise part.fault(first + at, f"{name} has {lengths[at]} bytes and must have {width}.")
+        if nulls is None:
+            return data[offsets[0] : offsets[-1]].reshape(-1, width), None
+        spread = np.zeros((len(values), width), np.uint8)
+        spread[~nulls] = data[offsets[0] : offsets[-1]].reshape(-1, width)
+        return spread, nulls
+    buffer = values.buffers()[1]
+    if buffer is None or len(buffer) < (values.offset + len(values)) * width:
+        raise part.fault(None, f"column {name} is shorter than its rows, the file is damaged.")
+    return np.frombuffer(buffer, np.uint8, len(values) * width, values.offset * width).reshape(-1, width), nulls
+
+
+def numbers(part: PartFile, name: str, table: pa.Table, first: int = 0) -> np.ndarray:
+    """A number column as a NumPy array; nulls of optional columns become -1 (NaN for floats) in the widest type.
+
+    Optional integers come as int64, everything else in the format's type. A null where none may stand, or a value outside the
+    type, is a TraceError; ``first`` is the row of the part that the table begins with.
+    """
+    column = COLUMNS[part.table][name]
+    stored = NUMBERS[column.type]
+    wanted = pa.int64() if column.optional and pa.types.is_integer(stored) and column.type != "uint8" else stored
+    if name not in table.column_names:
+        return np.full(table.num_rows, np.nan if column.type == "float32" else -1, _signed(column, wanted))
+    values: Any = table.column(name)
+    if values.null_count and not column.optional:
+        row = int(np.flatnonzero(values.is_null().to_numpy())[0])
+        raise part.fault(first + row, f"{name} is null.")
+    try:
+        # through the format's own type: a value that only fits the wider one is a fault
+        values = values.cast(stored).cast(wanted)
+    except pa.ArrowException as error:
+        raise part.fault(None, f"{name} does not fit {stored} ({reason(error)}).") from None
+    if values.null_count:
+        if column.type == "uint8":
+            values = values.cast(pa.int16())
+        values = pc.fill_null(values, float("nan") if column.type == "float32" else -1)
+    if values.num_chunks == 1:
+        return values.chunk(0).to_numpy(zero_copy_only=False)
+    return values.to_numpy()
+
+
+def _signed(column: Column, wanted: pa.DataType) -> Any:
+    return np.int16 if column.type == "uint8" else wanted.to_pandas_dtype()
+
+
+def kind_codes(part: PartFile, values: Any, name: str, allowed: tuple[str, ...]) -> np.ndarray:
+    """Codes (uint8, index into ``allowed``) of a string column, whatever its string type or dictionary."""
+    codes = pc.index_in(values.cast(pa.string()), value_set=pa.array(allowed))
+    if codes.null_count:
+        row = int(np.flatnonzero(codes.is_null().to_numpy())[0])
+        raise part.fault(row, f"{name} is {values[row].as_py()!r} and must be one of {', '.join(allowed)}.")
+    return codes.to_numpy().astype(np.uint8)

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from tracer.errors import TraceError
-from tracer.files.parts import committed_parts, kind_codes, numbers, open_part
+from tracer.files.columns import kind_codes, numbers
+from tracer.files.parts import open_part, part_names
 from tracer.schema import DENOISE, KINDS
-from tracer.trace import ForwardTable
+from tracer.trace import ForwardTable, TraceMeta
 
 # dtypes of tracer.trace.ForwardTable; nulls have become -1
 DTYPES = {
@@ -29,6 +30,7 @@ DTYPES = {
     "kv_tokens": np.int64,
     "num_masked": np.int64,
     "num_accepted": np.int64,
+    "num_edited": np.int64,
     "branches": np.uint8,
     "chosen_branch": np.int16,
     "duration_ns": np.int64,
@@ -44,6 +46,8 @@ class StoredForwards:
     """
 
     path: Path
+    meta: TraceMeta
+    names: tuple[str, ...]  # of the parts
     columns: dict[str, np.ndarray]
     part_rows: np.ndarray
     call_parts: np.ndarray
@@ -72,7 +76,8 @@ class StoredForwards:
         """How a message speaks of a row."""
         part = int(np.searchsorted(self.part_rows, row, "right")) - 1
         forward = self.columns["forward_id"][row]
-        return f"{self.path}: forwards part-{part:05d} row {row - self.part_rows[part]} (forward {forward})"
+        name = self.names[part].removesuffix(".parquet")
+        return f"{self.path}: forwards {name} row {row - self.part_rows[part]} (forward {forward})"
 
     def table(self, first: int, last: int) -> ForwardTable:
         """Calls ``first`` to ``last - 1`` as a ForwardTable."""
@@ -86,18 +91,26 @@ class StoredForwards:
         )
 
 
-def read_forwards(path: Path) -> StoredForwards:
+def read_forwards(path: Path, meta: TraceMeta) -> StoredForwards:
     """Read every ``forwards`` part. Types and nulls are checked; requirements by the two functions below.
 
     Raises
     ------
     TraceError
-        Naming part and row.
+        Naming part and row; also when the trace has another number of segments than its meta.json counts.
     """
     pieces: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in DTYPES.items()}
-    part_rows = [0]
-    for number in range(committed_parts(path)):
-        part = open_part(path, "forwards", number)
+    part_rows, names = [0], part_names(path, "forwards")
+    if meta.complete and meta.segments is not None:
+        for table in meta.tables:
+            found = len(part_names(path, table))
+            if found != meta.segments:
+                raise TraceError(f"{path}: {table} has {found} parts where meta.json counts {meta.segments} segments.")
+    for table in meta.tables if meta.complete and meta.segments != 0 else ():
+        if not part_names(path, table):
+            raise TraceError(f"{path}: {table} has no parts.")
+    for file in names:
+        part = open_part(path, "forwards", file, meta)
         table = part.read([name for name in DTYPES if name in part.present])
         for name, dtype in DTYPES.items():
             kind = name == "kind"
@@ -112,6 +125,8 @@ def read_forwards(path: Path) -> StoredForwards:
     ends = np.concatenate(([0], np.cumsum(joined["num_tokens"])))
     return StoredForwards(
         path=path,
+        meta=meta,
+        names=tuple(names),
         columns=joined,
         part_rows=np.array(part_rows, np.int64),
         call_parts=call_parts,
@@ -137,16 +152,11 @@ def structure_faults(stored: StoredForwards) -> Iterator[str]:
     rows = len(forward)
     if rows == 0:
         return
-    later = np.arange(rows) > 0
     previous = np.concatenate(([-1], forward[:-1]))
     decreasing = forward < previous
     yield from _faults(
         stored, decreasing, lambda i: f"forward_id {forward[i]} follows {previous[i]}, it must never decrease"
     )
-    begins_part = np.zeros(rows + 1, bool)
-    begins_part[stored.part_rows] = True
-    split = begins_part[:-1] & (forward == previous) & later
-    yield from _faults(stored, split, lambda i: f"call {forward[i]} is split between two parts")
     yield from _faults(stored, c["num_tokens"] < 1, lambda i: "num_tokens must be at least 1")
     ends = np.cumsum(c["num_tokens"])
     call = np.repeat(np.arange(stored.num_calls), np.diff(stored.call_parts))
@@ -215,9 +225,9 @@ def rule_faults(stored: StoredForwards) -> Iterator[str]:
     )
 
 
-def checked_forwards(path: Path) -> StoredForwards:
+def checked_forwards(path: Path, meta: TraceMeta) -> StoredForwards:
     """The table, or a TraceError with its first fault."""
-    stored = read_forwards(path)
+    stored = read_forwards(path, meta)
     for faults in (structure_faults, rule_faults):
         for fault in faults(stored):
             raise TraceError(fault)

@@ -11,8 +11,9 @@ from tracer.errors import UserError
 from tracer.schema import KINDS, STOP_REASONS, TABLES
 from tracer.trace import TraceMeta
 
-PART_DEFAULTS: dict[str, Any] = {"branches": 1, "chosen_branch": None, "duration_ns": None}
-# column -> smallest and largest value; None may stand where PART_DEFAULTS says so
+PART_DEFAULTS: dict[str, Any] = {"num_edited": 0, "branches": 1, "chosen_branch": None, "duration_ns": None}
+# column -> smallest and largest value; None may stand where the format says so
+OPTIONAL = {column.name for table in ("forwards", "requests") for column in TABLES[table] if column.optional}
 UINT32, INT32, INT64 = 2**32 - 1, 2**31 - 1, 2**63 - 1
 PART_BOUNDS = {
     "request_id": (0, UINT32),
@@ -23,6 +24,7 @@ PART_BOUNDS = {
     "kv_tokens": (0, UINT32),
     "num_masked": (0, UINT32),
     "num_accepted": (0, UINT32),
+    "num_edited": (0, UINT32),
     "branches": (1, 255),
     "chosen_branch": (0, 254),
     "duration_ns": (0, INT64),
@@ -79,13 +81,13 @@ class CallRules:
             if strange or not known:
                 what = f"layer {min(strange)} is not among model.moe_layers" if strange else "it has no layer"
                 raise UserError(f"{name}: {what}.")
-            self._layers[kind] = known
         if known != set(layers):
             raise UserError(f"{name}: its layers are {sorted(layers)} and {kind} calls have {sorted(known)}.")
         return rows, parts
 
-    def accept(self, parts: list[dict[str, Any]]) -> None:
-        """Count the steps of a call that was taken."""
+    def accept(self, parts: list[dict[str, Any]], layers: Collection[int]) -> None:
+        """Count the steps of a call that was taken; its layers are those of its kind from now on."""
+        self._layers.setdefault(parts[0]["kind"], frozenset(layers))
         for part in parts:
             if part["step"] >= 0 and part["block"] >= 0:
                 self._steps.setdefault(part["request_id"], {})[part["block"]] = part["step"] + 1
@@ -97,7 +99,8 @@ class CallRules:
             raise UserError(f"requests has no column {unknown[0]}.")
         row = {column: given.get(column) for column in REQUEST_COLUMNS}
         for column, (low, high) in REQUEST_BOUNDS.items():
-            row[column] = _integer("requests", column, row[column], low, high)
+            if row[column] is not None or column not in OPTIONAL:
+                row[column] = _integer("requests", column, row[column], low, high)
         if row["stop_reason"] not in STOP_REASONS:
             raise UserError(f"stop_reason must be one of {', '.join(STOP_REASONS)}, not {row['stop_reason']!r}.")
         request = int(given["request_id"])
@@ -117,7 +120,7 @@ class CallRules:
             raise UserError(f"{name}: kind must be one of {', '.join(KINDS)}, not {part['kind']!r}.")
         for column, (low, high) in PART_BOUNDS.items():
             value = part[column]
-            if value is not None or column not in PART_DEFAULTS:
+            if value is not None or column not in OPTIONAL:
                 part[column] = _integer(name, column, value, low, high)
         request, tokens, branches = part["request_id"], part["num_tokens"], part["branches"]
         if part["row_start"] != rows:
@@ -128,7 +131,7 @@ class CallRules:
             raise UserError(f"{name}: num_tokens {tokens} does not divide into {branches} branches.")
         if part["chosen_branch"] is not None and part["chosen_branch"] >= branches:
             raise UserError(f"{name}: chosen_branch {part['chosen_branch']} is not below branches ({branches}).")
-        if part["num_masked"] > tokens:
+        if (part["num_masked"] or 0) > tokens:
             raise UserError(f"{name}: num_masked {part['num_masked']} exceeds num_tokens ({tokens}).")
         if request in self._closed:
             raise UserError(f"{name}: request {request} has ended, a new one needs a request_id of its own.")

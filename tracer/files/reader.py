@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tracer.errors import TraceError, UserError
-from tracer.files.columns import CellColumn, Piece
-from tracer.files.forwards import StoredForwards, checked_forwards, segment_bounds
-from tracer.files.parts import PartFile, open_part, part_path
-from tracer.files.routing import KindLayers
-from tracer.files.segments import read_segment, segment_rows
+from tracer.files.folder import earlier_trace
+from tracer.files.forwards import StoredForwards, segment_bounds
+from tracer.files.parts import PartFile, part_names
+from tracer.files.segments import StoredTables, segment_rows
 from tracer.meta import read_meta
 from tracer.schema import TABLES
 from tracer.trace import Segment, TraceMeta
@@ -22,6 +21,10 @@ from tracer.trace import Segment, TraceMeta
 if TYPE_CHECKING:
     import polars as pl
 
+UNKNOWN = {
+    "kv_tokens": "how long the cached prefixes were: attention to them costs nothing here",
+    "num_accepted": "how many tokens each call gained: no figure counts tokens",
+}
 REQUIREMENTS = ("weights", "active", "scores", "confidence", "branches", "tokens")
 
 
@@ -37,15 +40,19 @@ class Trace:
     def __init__(self, path: Path, meta: TraceMeta) -> None:
         self.path = path
         self.meta = meta
-        self._kinds = KindLayers()
+        self._tables = StoredTables(path, meta)
 
     def __repr__(self) -> str:
         return f"Trace({str(self.path)!r})"
 
-    @cached_property
+    @property
     def forwards(self) -> StoredForwards:
-        """The checked ``forwards`` table, whole; a TraceError with its first fault."""
-        return checked_forwards(self.path)
+        """The checked ``forwards`` table, whole; a TraceError with its first fault, or where the trace holds counts only."""
+        if "forwards" not in self.meta.tables:
+            raise UserError(
+                f"{self.path} holds counts only (table loads), no model calls; this needs a recording of calls."
+            )
+        return self._tables.forwards
 
     @cached_property
     def requests(self) -> pl.DataFrame:
@@ -56,12 +63,53 @@ class Trace:
         """
         from tracer.files.tidy import requests_frame
 
-        return requests_frame(self.path, self.forwards)
+        return requests_frame(self.forwards)
 
     @cached_property
     def first_block(self) -> dict[int, int]:
         """Absolute index of each request's first block, -1 without blocks."""
         return dict(zip(self.requests["request_id"], self.requests["first_block"], strict=True))
+
+    @cached_property
+    def loads(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps uint32 [S] and tokens of each expert uint32 [S, L, E] of a trace that holds counts only.
+
+        Raises
+        ------
+        TraceError
+            With the first fault; also where the trace holds calls.
+        """
+        from tracer.files.loads import read_loads
+
+        return read_loads(self.path, self.meta)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Sentences that every figure needs: that the trace was not finished, what padding is left out, what is unknown.
+
+        Raises
+        ------
+        TraceError
+            With the first fault of the tables requests, forwards and tokens: no figure is made from a trace that has one.
+            Routing is held against the format as it is read.
+        """
+        from tracer.check import first_fault
+        from tracer.padding import padding_note
+
+        fault = first_fault(self)
+        if fault:
+            raise TraceError(fault)
+        unknown = [name for name in ("kv_tokens", "num_accepted") if (self.forwards.columns[name] < 0).any()]
+        told = [f"This trace does not say {UNKNOWN[name]}." for name in unknown]
+        return [note for note in (self.unfinished, padding_note(self), *told) if note]
+
+    @property
+    def unfinished(self) -> str | None:
+        """One sentence, with how much there is, when the trace was not finished; every figure of it needs that note."""
+        if self.meta.complete:
+            return None
+        ended = self.requests.filter(self.requests["stop_reason"] != "interrupted").height
+        return f"{self.path}: this trace was not finished: {ended} requests of {self.requests.height} ended."
 
     @property
     def num_forwards(self) -> int:
@@ -75,8 +123,21 @@ class Trace:
 
     @cached_property
     def num_decisions(self) -> int:
-        """Ids recorded: rows that were routed, times K, over all calls and layers."""
-        return sum(decisions(part) for part in self.parts("routing")) * self.meta.model.top_k
+        """Ids recorded: the real ones of all rows, over all calls and layers; padding, which counts for nothing, left out."""
+        if not self.padding_rows and not any("count" in part.present for part in self.parts("routing")):
+            offsets = self._tables.layers("routing").offsets
+            return self.meta.model.top_k * sum(int(own[-1]) for own in offsets.values())
+        return sum(
+            int(segment.layer(layer, with_weights=False).count.sum(dtype=np.int64))
+            for segment in self.segments()
+            for layer in segment.layers
+        )
+
+    @cached_property
+    def padding_rows(self) -> int:
+        """Token rows that are padding, which no figure counts."""
+        found = (segment.padding for segment in self.segments())
+        return sum(int(padding.sum()) for padding in found if padding is not None)
 
     @cached_property
     def _bounds(self) -> np.ndarray:
@@ -96,19 +157,16 @@ class Trace:
             With the first fault met, here or when a layer of a segment is read.
         """
         for first, last in zip(self._bounds[:-1], self._bounds[1:], strict=True):
-            yield read_segment(self.forwards, self.meta, self._kinds, int(first), int(last))
+            yield self._tables.segment(int(first), int(last))
 
     def parts(self, table: str) -> Iterator[PartFile]:
-        """The committed parts of a table, opened one by one."""
-        for number in range(self.forwards.num_parts):
-            yield open_part(self.path, table, number)
+        """The parts of a table, opened one by one."""
+        for name in part_names(self.path, table):
+            yield self._tables.part(table, name)
 
     def bytes_on_disk(self) -> dict[str, int]:
-        """Bytes of the committed parts of each table."""
-        return {
-            table: sum(part_path(self.path, table, part.number).stat().st_size for part in self.parts(table))
-            for table in self.meta.tables
-        }
+        """Bytes of the parts of each table."""
+        return {table: sum(part.file.stat().st_size for part in self.parts(table)) for table in self.meta.tables}
 
     def scan(self, table: str) -> pl.LazyFrame:
         """A table as a polars LazyFrame.
@@ -117,7 +175,7 @@ class Trace:
         ----------
         table : str
             ``requests``, ``forwards``, ``tokens``; ``routing`` for the tidy view with one row per (forward_id, layer, row,
-            slot), expert_id and gate_weight; ``cells`` for the routing table as stored.
+            slot), expert_id and gate_weight; ``rows`` for the routing table as stored.
 
         Raises
         ------
@@ -130,9 +188,9 @@ class Trace:
             return self.requests.lazy()
         if table == "routing":
             return scan_routing(self.segments, self.meta.model.num_experts)
-        stored = "routing" if table == "cells" else table
+        stored = "routing" if table == "rows" else table
         if stored not in TABLES:
-            raise UserError(f"there is no table {table!r}: choose one of {', '.join((*TABLES, 'cells'))}.")
+            raise UserError(f"there is no table {table!r}: choose one of {', '.join((*TABLES, 'rows'))}.")
         if stored not in self.meta.tables:
             raise UserError(f"{self.path} has no {stored} table.")
         return scan_parts(partial(self.parts, stored), stored)
@@ -143,7 +201,7 @@ class Trace:
         Parameters
         ----------
         requirement : str
-            "weights" (every cell has gate_weights), "active" (scores of the active columns at least), "scores" (all scores),
+            "weights" (every row has gate_weights), "active" (scores of the active experts at least), "scores" (all scores),
             "tokens" (the tokens table), "confidence" (a predicted token somewhere in it), "branches" (some speculative call).
         """
         if requirement not in REQUIREMENTS:
@@ -158,29 +216,24 @@ class Trace:
 
     @cached_property
     def _has_weights(self) -> bool:
-        return all(part.null_count("gate_weights") == 0 for part in self.parts("routing"))
+        for part in self.parts("routing"):
+            if "gate_weights" not in part.present:
+                return False
+            if part.schema.field("gate_weights").nullable:
+                groups = range(len(part.groups) - 1)
+                if any(part.read(["gate_weights"], group).column(0).null_count for group in groups):
+                    return False
+        return True
 
     @cached_property
     def _has_confidence(self) -> bool:
-        return self.has("tokens") and any(part.largest("predicted_id") >= 0 for part in self.parts("tokens"))
+        return self.has("tokens") and any(
+            (part.arrays(["predicted_id"])["predicted_id"] >= 0).any() for part in self.parts("tokens")
+        )
 
     @cached_property
     def _has_branches(self) -> bool:
         return bool((self.forwards.columns["branches"] > 1).any())
-
-
-def decisions(part: PartFile) -> int:
-    """(row, layer) pairs of a routing part that were routed."""
-    rows = part.arrays(["num_tokens"])["num_tokens"].astype(np.int64)
-    column = CellColumn("routed", (Piece(part, 0, part.num_rows, 0),), "plain")
-    total = int(rows.sum())
-    for chunk in column.chunks():
-        given = np.arange(len(chunk)) if chunk.valid is None else np.flatnonzero(chunk.valid)
-        for cell in given:
-            bitmap = chunk.data[chunk.offsets[cell] : chunk.offsets[cell + 1]]
-            own = int(rows[chunk.first + cell])
-            total += int(np.unpackbits(bitmap, count=own, bitorder="little").sum()) - own
-    return total
 
 
 def open_trace(path: str | Path) -> Trace:
@@ -194,9 +247,11 @@ def open_trace(path: str | Path) -> Trace:
     Raises
     ------
     TraceError
-        When there is no trace, or its ``meta.json`` is not valid, or of a higher schema version.
+        When there is no trace, or its ``meta.json`` is not valid, or of another schema version.
     """
     folder = Path(path)
     if not folder.exists():
-        raise TraceError(f"there is no trace at {folder}.")
+        earlier = earlier_trace(folder)
+        found = "" if earlier is None else f"; replacing it was cut short, and the one before is whole at {earlier}"
+        raise TraceError(f"there is no trace at {folder}{found}.")
     return Trace(folder, read_meta(folder))

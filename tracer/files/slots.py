@@ -48,38 +48,17 @@ class SlotMemory:
     def references(self, parts: PartRows) -> np.ndarray:
         """Memory row each of a segment's T token rows is aligned with, -1 for none; int64 [T].
 
-        The first M memory rows are those carried over, row M + t is token row t of the segment.
+        The first M memory rows are those carried over, row M + t is token row t of the segment. A branch follows itself, or the
+        first branch where the request's last call had fewer.
         """
-        starts = parts.starts + self._size
         own = np.diff(parts.starts) // parts.branches
         self._positions = np.concatenate((self._positions, parts.positions.astype(np.int64)))
+        requests, number = np.unique(parts.request_id, return_inverse=True)
+        seen = np.array([self._seen.get(int(request), (-1, 0, 0)) for request in requests], np.int64).reshape(-1, 3)
         found = np.full(int(parts.starts[-1]), -1, np.int64)
-        earlier = self._earlier(parts.request_id, np.stack((starts[:-1], own, parts.branches), axis=1))
-        for n in np.flatnonzero(_same_rows(self._positions, self._size, starts, own, parts.branches, earlier, found)):
-            previous, first = _Seen(*earlier[n].tolist()), int(parts.starts[n])
-            rows = self._positions[previous.start : previous.start + previous.own]
-            matched = _match(rows, self._positions[starts[n] : starts[n] + own[n]])
-            for branch in range(int(parts.branches[n])):
-                # a branch follows itself, or the first branch where the last call had fewer
-                source = previous.start + (branch if branch < previous.branches else 0) * previous.own
-                begin = first + branch * int(own[n])
-                found[begin : begin + len(matched)] = np.where(matched >= 0, matched + source, -1)
+        _refer(number, own, parts.branches, parts.starts + self._size, self._positions, seen, self._size, found)
+        self._seen |= {int(request): _Seen(*row) for request, row in zip(requests, seen.tolist(), strict=True)}
         return found
-
-    def _earlier(self, request_id: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The :class:`_Seen` of each part's request before, -1 for none; ``rows`` are those of the parts. int64 [N, 3]."""
-        order = np.argsort(request_id, kind="stable")
-        ends = np.ones(len(order), np.bool_)
-        ends[:-1] = np.diff(request_id[order]) != 0
-        begins = np.ones(len(order), np.bool_)
-        begins[1:] = ends[:-1]
-        earlier = np.full((len(order), 3), -1, np.int64)
-        earlier[order[~begins]] = rows[order[~ends]]
-        for n in order[begins]:
-            earlier[n] = self._seen.get(int(request_id[n]), earlier[n])
-        for n in order[ends]:
-            self._seen[int(request_id[n])] = _Seen(*rows[n].tolist())
-        return earlier
 
     def align(
         self,
@@ -284,35 +263,24 @@ def stable_slots_of_eight(expert_ids, gate_weights, routed, cell_rows, row_offse
 
 
 @njit
-def _same_rows(positions, carried, starts, own, branches, earlier, found):
-    """Fill ``found`` for parts whose rows stand where those of the request before stood; bool [N], the others to be matched.
+def _refer(number, own, branches, starts, positions, seen, carried, found):
+    """Fill ``found`` (:meth:`SlotMemory.references`) for N parts in order.
 
-    ``earlier`` int64 [N, 3] holds the :class:`_Seen` of that part, -1 first for none; the other arguments are those of
-    :meth:`SlotMemory.references`. A part beyond all positions of the one before has no rows to be matched either.
+    number, own, branches int64 [N]: each part's request, rows of a branch and branches; starts int64 [N + 1] and ``seen`` int64
+    [requests, 3], a :class:`_Seen` each (-1 first for none), count memory rows; ``seen`` is brought up to date.
     """
-    left = np.zeros(len(own), np.bool_)
-    for n in range(len(own)):
-        start = earlier[n, 0]
-        if start < 0:
-            continue
-        same = own[n] == earlier[n, 1] and branches[n] == earlier[n, 2]
-        for j in range(own[n] if same else 0):
-            same &= positions[starts[n] + j] == positions[start + j]
-        last = np.int64(-1)
-        for j in range(0 if same else earlier[n, 1]):
-            last = max(last, positions[start + j])
-        for j in range(0 if same else own[n]):
-            left[n] |= 0 <= positions[starts[n] + j] <= last
-        for j in range(starts[n + 1] - starts[n] if same else 0):
-            found[starts[n] - carried + j] = start + j
-    return left
-
-
-def _match(previous: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Index in ``previous`` of each of ``positions``, -1 where it is not there or padding. int64 [n]."""
-    if len(previous) == 0:
-        return np.full(len(positions), -1, np.int64)
-    order = np.argsort(previous, kind="stable")
-    place = np.minimum(np.searchsorted(previous, positions, sorter=order), len(previous) - 1)
-    found = order[place]
-    return np.where((previous[found] == positions) & (positions >= 0), found, -1)
+    place = np.full((positions.max() if len(positions) else -1) + 2, -1, np.int64)
+    for n in range(len(number)):
+        start, earlier, copies = seen[number[n]]
+        for j in range(earlier if start >= 0 else 0):
+            if positions[start + j] >= 0:
+                place[positions[start + j]] = j
+        for j in range(own[n] if start >= 0 else 0):
+            position = positions[starts[n] + j]
+            if position >= 0 and place[position] >= 0:
+                for branch in range(branches[n]):
+                    source = start + (branch if branch < copies else 0) * earlier
+                    found[starts[n] - carried + branch * own[n] + j] = source + place[position]
+        for j in range(earlier if start >= 0 else 0):
+            place[positions[start + j]] = -1
+        seen[number[n]] = starts[n], own[n], branches[n]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
+from tracer.files.columns import NUMBERS, kind_codes, numbers
+from tracer.files.folder import request_parts
 from tracer.files.forwards import StoredForwards
-from tracer.files.parts import PartFile, kind_codes, numbers, open_part
+from tracer.files.parts import PartFile, open_part
 from tracer.schema import STOP_REASONS, TABLES
 from tracer.trace import Segment
 
@@ -30,22 +31,32 @@ INTERRUPTED = "interrupted"
 
 
 def table_schema(table: str) -> pl.Schema:
-    """polars schema of a table."""
-    return pl.Schema({column.name: POLARS_TYPES[column.type] for column in TABLES[table]})
+    """polars schema of a table; its fixed-width columns are Binary."""
+    return pl.Schema({column.name: POLARS_TYPES.get(column.type, pl.Binary) for column in TABLES[table]})
 
 
-def part_frame(part: PartFile) -> pl.DataFrame:
-    """A part as a frame in the format's own types, missing optional columns as nulls."""
+def part_frames(part: PartFile) -> Iterator[pl.DataFrame]:
+    """A part as frames, one a row group, in the format's own types, missing optional columns as nulls.
+
+    Raises
+    ------
+    TraceError
+        When a number does not fit its type or is null where none may stand.
+    """
     names = [column.name for column in TABLES[part.table]]
-    stored = part.read([name for name in names if name in part.present])
-    frame = pl.DataFrame(pl.from_arrow(stored))
-    missing = [pl.lit(None).alias(name) for name in names if name not in frame.columns]
-    return frame.with_columns(missing).select(
-        pl.col(name).cast(dtype) for name, dtype in table_schema(part.table).items()
-    )
+    for group in range(len(part.groups) - 1):
+        table = part.read([name for name in names if name in part.present], group)
+        for column in TABLES[part.table]:
+            if column.type in NUMBERS:
+                numbers(part, column.name, table, int(part.groups[group]))
+        frame = pl.DataFrame(pl.from_arrow(table))
+        missing = [pl.lit(None).alias(name) for name in names if name not in frame.columns]
+        yield frame.with_columns(missing).select(
+            pl.col(name).cast(dtype) for name, dtype in table_schema(part.table).items()
+        )
 
 
-def requests_frame(path: Path, forwards: StoredForwards) -> pl.DataFrame:
+def requests_frame(forwards: StoredForwards) -> pl.DataFrame:
     """The ``requests`` table, sorted, with a row for every request that was interrupted.
 
     Raises
@@ -53,21 +64,14 @@ def requests_frame(path: Path, forwards: StoredForwards) -> pl.DataFrame:
     TraceError
         When a request stands twice, a stop_reason is unknown or a value is null that must not be.
     """
-    frames = [pl.DataFrame(schema=table_schema("requests"))]
-    for number in range(forwards.num_parts):
-        part = open_part(path, "requests", number)
-        frames.append(part_frame(part))
-        table = part.read(
-            [name for name in ("request_id", "prompt_tokens", "generated_tokens", "first_block", "stop_reason")]
-        )
-        for name in ("request_id", "prompt_tokens", "generated_tokens", "first_block"):
-            numbers(part, name, table)
-        kind_codes(part, table.column("stop_reason"), "stop_reason", STOP_REASONS)
-        ids = pl.concat(frames)["request_id"]
-        if ids.is_duplicated().any():
-            twice = ids.filter(ids.is_duplicated())[-1]
-            raise part.fault(None, f"request {twice} stands twice in the table.")
-    ended = pl.concat(frames)
+    ended = pl.DataFrame(schema=table_schema("requests"))
+    for name in request_parts(forwards):
+        part = open_part(forwards.path, "requests", name, forwards.meta)
+        kind_codes(part, part.read(["stop_reason"]).column(0), "stop_reason", STOP_REASONS)
+        ended = pl.concat([ended, *part_frames(part)])
+        twice = ended["request_id"].is_duplicated()
+        if twice.any():
+            raise part.fault(None, f"request {ended['request_id'].filter(twice)[-1]} stands twice in the table.")
     request, block = forwards.columns["request_id"], forwards.columns["block"].astype(np.int64)
     worked_on = (
         pl.DataFrame({"request_id": request, "block": block})
@@ -84,13 +88,13 @@ def scan_parts(parts: Callable[[], Iterable[PartFile]], table: str) -> pl.LazyFr
 
     def frames() -> Iterator[pl.DataFrame]:
         for part in parts():
-            yield part_frame(part)
+            yield from part_frames(part)
 
     return _scan(frames, table_schema(table))
 
 
 def scan_routing(segments: Callable[[], Iterable[Segment]], num_experts: int) -> pl.LazyFrame:
-    """The tidy view: one row per (forward_id, layer, row, slot). Rows that were not routed have none."""
+    """The tidy view: one row per (forward_id, layer, row, slot), padding too. Rows that were not routed have none."""
     ids = pl.UInt8 if num_experts <= 256 else pl.UInt16
     schema = pl.Schema(
         {
@@ -110,22 +114,22 @@ def scan_routing(segments: Callable[[], Iterable[Segment]], num_experts: int) ->
             forward = np.repeat(segment.forwards.forward_id, rows)
             row = np.arange(offsets[-1]) - np.repeat(offsets[:-1], rows)
             for layer in segment.layers:
-                found = segment.layer(layer)
-                routed = found.count > 0
+                found = segment.layer(layer, with_padding=True)
                 top_k = found.expert_ids.shape[1]
-                own = int(routed.sum())
+                real = np.arange(top_k) < found.count[:, None]
+                own, slot = np.nonzero(real)
                 weights = found.gate_weights
                 yield pl.DataFrame(
                     {
-                        "forward_id": np.repeat(forward[routed], top_k),
-                        "layer": np.full(own * top_k, layer, np.uint16),
-                        "row": np.repeat(row[routed].astype(np.uint32), top_k),
-                        "slot": np.tile(np.arange(top_k, dtype=np.uint8), own),
-                        "expert_id": found.expert_ids[routed].reshape(-1),
+                        "forward_id": forward[own],
+                        "layer": np.full(len(own), layer, np.uint16),
+                        "row": row[own].astype(np.uint32),
+                        "slot": slot.astype(np.uint8),
+                        "expert_id": found.expert_ids[real],
                         "gate_weight": (
-                            pl.repeat(None, own * top_k, dtype=pl.Float32, eager=True)
+                            pl.repeat(None, len(own), dtype=pl.Float32, eager=True)
                             if weights is None
-                            else weights[routed].reshape(-1).astype(np.float32)
+                            else weights[real].astype(np.float32)
                         ),
                     },
                     schema=schema,

@@ -15,6 +15,7 @@ import polars as pl
 
 from tracer.errors import UserError
 from tracer.parquet import TraceWriter
+from tracer.trace import CallRouting
 
 PREFILL_PHASE, DECODE_PHASE = 0, 1
 COLUMNS = {
@@ -58,7 +59,6 @@ def import_bigmoe(source: Path, out: Path, *, force: bool = False) -> int:
     table = _read(source, experts, top_k)
     layers = table["layer"].unique().sort().to_list()
     meta = {
-        "schema_version": 1,
         "capture_level": "ids",
         "model": {
             "id": preamble["model"],
@@ -76,12 +76,11 @@ def import_bigmoe(source: Path, out: Path, *, force: bool = False) -> int:
             "dtype": None,
         },
         "router": {"score_function": "softmax", "norm_topk_prob": True, "n_group": 1, "topk_group": 1},
-        "score_dtype": None,
         "tables": ["requests", "forwards", "routing"],
         "decoding": {"loop": "autoregressive", "block_length": None, "kv_cache": True},
-        "provenance": {"source": "BigMoeOnEdge route_trace v1", "file": source.name},
+        "provenance": {"source": "imported from BigMoeOnEdge route_trace v1", "file": source.name},
     }
-    with TraceWriter(out, meta, force=force) as writer:
+    with TraceWriter(out, meta, force=force, whole=True) as writer:
         for turn in table["turn"].unique().sort().to_list():
             _write_turn(writer, table.filter(pl.col("turn") == turn), turn, layers, top_k)
     return table.height
@@ -143,18 +142,18 @@ def _write_turn(writer: TraceWriter, turn_rows: pl.DataFrame, turn: int, layers:
     calls = turn_rows.join(per_token, on=["phase", "step"], how="left")
     tokens = per_token.height
     where = (
-        calls["token"].to_numpy(),
         np.searchsorted(np.array(layers), calls["layer"].to_numpy()),
+        calls["token"].to_numpy(),
         calls["slot"].to_numpy(),
     )
-    expert_ids = np.zeros((tokens, len(layers), top_k), np.uint16)
-    weights = np.zeros((tokens, len(layers), top_k), np.float32)
+    expert_ids = np.zeros((len(layers), tokens, top_k), np.uint16)
+    weights = np.zeros((len(layers), tokens, top_k), np.float32)
     # llama.cpp computes the last layer of a prefill for the last token only, so some rows of a call are not routed.
-    routed = np.zeros((tokens, len(layers)), bool)
+    count = np.zeros((len(layers), tokens), np.uint8)
     expert_ids[where] = calls["expert"].to_numpy()
     weights[where] = calls["weight"].to_numpy()
-    routed[where[:2]] = True
-    gate_weights = np.where(routed[..., None], _half_in_order(weights), np.float16(0))
+    count[where[:2]] = top_k
+    gate_weights = np.where(count[..., None] > 0, _half_in_order(weights), np.float16(0))
     prompt = int((per_token["phase"] == PREFILL_PHASE).sum())
     bounds = ([(0, prompt)] if prompt else []) + [(t, t + 1) for t in range(prompt, tokens)]
     for start, end in bounds:
@@ -170,15 +169,10 @@ def _write_turn(writer: TraceWriter, turn_rows: pl.DataFrame, turn: int, layers:
             "num_masked": 0,
             "num_accepted": 0 if prefill else 1,
         }
-        routing = {
-            layer: {
-                "expert_ids": expert_ids[start:end, index],
-                "gate_weights": gate_weights[start:end, index],
-                "routed": None if routed[start:end, index].all() else routed[start:end, index],
-            }
-            for index, layer in enumerate(layers)
-        }
-        writer.add_call([part], None, routing)
+        own = slice(start, end)
+        writer.add_call(
+            [part], None, CallRouting(tuple(layers), expert_ids[:, own], gate_weights[:, own], count=count[:, own])
+        )
     writer.add_request(
         {
             "request_id": turn,

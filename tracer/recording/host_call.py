@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracer.recording.sequences import Sequence
-from tracer.schema import MASKED
+from tracer.schema import undecided
+from tracer.trace import CallRouting
 
 
 @dataclass(slots=True)
@@ -25,7 +26,7 @@ class HostCall:
     token_ids: np.ndarray  # int32 [B, T]
     positions: np.ndarray  # int32 [B, T]
     kv_tokens: int
-    routing: dict[int, dict]
+    routing: CallRouting
     duration_ns: int | None = None
     announced: tuple[str, int, int] | None = None
     first_row: np.ndarray | None = None
@@ -73,7 +74,7 @@ class Part:
     def settle_rest(self) -> None:
         """The canvas ended after this call: whatever was still masked is kept as the argmax."""
         self.settle = False
-        rest = (self.state == MASKED) & ~self.accepted
+        rest = undecided(self.state) & ~self.accepted
         self.accept(rest, self.argmax_ids, self.argmax_confidence)
         self.sequence.learn(self.positions[rest], self.argmax_ids[rest])
 
@@ -92,7 +93,7 @@ def as_rows(parts: list[Part], duration_ns: int | None) -> tuple[list[dict], dic
                 "row_start": start,
                 "num_tokens": len(part.positions),
                 "kv_tokens": part.kv_tokens,
-                "num_masked": int(np.count_nonzero(part.state == MASKED)),
+                "num_masked": int(np.count_nonzero(undecided(part.state))),
                 "num_accepted": int(np.count_nonzero(part.accepted)),
                 "branches": 1,
                 "chosen_branch": None,

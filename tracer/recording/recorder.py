@@ -18,11 +18,12 @@ from tracer.adapters.gate import setting, text_config
 from tracer.adapters.gemma import follow_sampler
 from tracer.errors import UserError
 from tracer.memory import MemoryWriter
+from tracer.meta import read_meta
 from tracer.recording.describe import describe_model, describe_run
 from tracer.recording.follow_generate import follow_generate
 from tracer.recording.hooks import Hooks
 from tracer.recording.sink import Sink
-from tracer.schema import KINDS, SCHEMA_VERSION, STOP_REASONS, TABLES
+from tracer.schema import KINDS, SCHEMA_VERSION, STOP_REASONS, tables_of
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class RecordOptions:
     adapter: Callable | None = None
     force: bool = False
     append: bool = False
+    compact: bool = False
     first_request: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -215,8 +217,7 @@ class Recorder:
             "complete": False,
             "capture_level": options.level,
             **describe_model(self._model, self.gates, model_id=options.model_id, revision=options.revision),
-            "score_dtype": None if options.level == "ids" else "float32",
-            "tables": list(TABLES),
+            "tables": tables_of(options.level),
             "decoding": self.decoding,
             "provenance": {**describe_run(self._model), **options.provenance},
             **options.meta,
@@ -243,7 +244,10 @@ class Recorder:
             return MemoryWriter(self.meta)
         from tracer.parquet import TraceWriter
 
-        return TraceWriter(Path(self._out), self.meta, force=self._options.force, append=self._options.append)
+        options = self._options
+        return TraceWriter(
+            Path(self._out), self.meta, force=options.force, append=options.append, compact=options.compact
+        )
 
     def catch_up(self) -> None:
         """Close the call under way and work out all calls so far."""
@@ -286,13 +290,11 @@ def _first_request(out: Any, options: RecordOptions) -> int:
     known = options.first_request
     if out is None or hasattr(out, "add_call") or not (Path(out) / "meta.json").exists():
         return known or 0
+    from tracer.files.folder import last_state, there_already
+
     if options.append:
-        from tracer.parquet import open_trace
-
-        numbers = open_trace(out).requests["request_id"]
-        return max(numbers.to_list(), default=-1) + 1 if known is None else known
+        state = last_state(Path(out), read_meta(Path(out)))
+        return max(state.held | state.ended, default=-1) + 1 if known is None else known
     if not options.force:
-        from tracer.files.folder import there_already
-
         raise there_already(Path(out))
     return known or 0

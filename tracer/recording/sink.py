@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from tracer.adapters.gate import GateSet
-from tracer.files.cells import active_columns
+from tracer.interrupts import undisturbed
 from tracer.recording.device_call import DeviceCall
 from tracer.recording.host_call import HostCall
 from tracer.recording.step_states import StepStates
 from tracer.recording.transfer import HostCopy
-from tracer.recording.undisturbed import undisturbed
+from tracer.trace import CallRouting
 
 # Working out several calls in a row takes a third of the time that it takes between two forwards, which push everything the
 # recorder needs out of the processor's caches. This is how many calls may wait, and their routing in bytes.
@@ -77,30 +77,11 @@ class Sink:
             self.writer.close(complete=complete)
 
     def _host_call(self, call: DeviceCall, arrays: dict[str, np.ndarray]) -> HostCall:
-        routing: dict[int, dict] = {}
-        for number, chosen in enumerate(call.stacks):
-            ids = arrays[f"ids{number}"]
-            weights, scores = arrays.get(f"weights{number}"), arrays.get(f"scores{number}")
-            ids = ids if ids.dtype == np.uint8 else ids.astype(np.uint16)
-            for row, place in enumerate(chosen):
-                routing[call.gates[place].layer] = {
-                    "expert_ids": ids[row],
-                    "gate_weights": None if weights is None else weights[row],
-                    "router_scores": None if scores is None else scores[row],
-                    "score_experts": None,
-                    "routed": None,
-                }
-        if self.level == "active":
-            bias = {gate.layer: gate.router.expert_bias if gate.router else None for gate in call.gates}
-            for layer, cell in routing.items():
-                columns = active_columns(cell["expert_ids"], cell["router_scores"], bias[layer])
-                cell["router_scores"] = np.ascontiguousarray(cell["router_scores"][:, columns])
-                cell["score_experts"] = columns.astype(cell["expert_ids"].dtype)
         return HostCall(
             token_ids=arrays["token_ids"],
             positions=arrays["positions"],
             kv_tokens=call.kv_tokens,
-            routing=dict(sorted(routing.items())),
+            routing=stacked(call, arrays),
             duration_ns=call.duration_ns(),
             announced=call.announced,
             settle=call.settle,
@@ -108,7 +89,7 @@ class Sink:
             **{name: arrays[name] for name in PREDICTIONS if name in arrays},
         )
 
-    def _write_call(self, parts: list[dict], tokens: dict[str, np.ndarray], routing: dict[int, dict]) -> None:
+    def _write_call(self, parts: list[dict], tokens: dict[str, np.ndarray], routing: CallRouting) -> None:
         self.num_forwards += 1
         self._write("add_call", parts, tokens, routing)
 
@@ -127,3 +108,34 @@ class Sink:
         while self.writer is not None and self._held:
             method, arguments = self._held.popleft()
             getattr(self.writer, method)(*arguments)
+
+
+def stacked(call: DeviceCall, arrays: dict[str, np.ndarray]) -> CallRouting:
+    """A call's routing with layers ascending; ``arrays`` hold one stack [L, N, ...] a device.
+
+    Weights of a device whose routers gave none are NaN where others have some.
+    """
+    places = [place for chosen in call.stacks for place in chosen]
+    layers = [call.gates[place].layer for place in places]
+    order = sorted(range(len(layers)), key=layers.__getitem__)
+    numbers = range(len(call.stacks))
+    ids = [arrays[f"ids{n}"] for n in numbers]
+    weights = [arrays.get(f"weights{n}") for n in numbers]
+    if any(own is not None for own in weights):
+        weights = [
+            np.full(given.shape, np.nan, np.float16) if own is None else own
+            for own, given in zip(weights, ids, strict=True)
+        ]
+    scores = [arrays.get(f"scores{n}") for n in numbers]
+
+    def join(stacks: list[Any]) -> np.ndarray | None:
+        if stacks[0] is None:
+            return None
+        whole = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
+        return whole if order == list(range(len(order))) else whole[order]
+
+    expert_ids = join(ids)
+    assert expert_ids is not None
+    if expert_ids.dtype != np.uint8:
+        expert_ids = expert_ids.astype(np.uint16)
+    return CallRouting(tuple(layers[n] for n in order), expert_ids, join(weights), join(scores))

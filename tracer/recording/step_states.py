@@ -19,6 +19,7 @@ from tracer.errors import UserError
 from tracer.recording.host_call import HostCall, Part, as_rows
 from tracer.recording.sequences import Sequence, starts_another
 from tracer.schema import DECODED, MASKED, PADDING, PROMPT
+from tracer.trace import CallRouting
 
 # Calls kept back while a masked token's fate is open; beyond it the token counts as not accepted.
 MOST_OPEN_CALLS = 64
@@ -27,7 +28,7 @@ MOST_OPEN_CALLS = 64
 @dataclass(slots=True)
 class _Waiting:
     parts: list[Part]
-    routing: dict[int, dict]
+    routing: CallRouting
     duration_ns: int | None
 
 
@@ -42,7 +43,7 @@ class StepStates:
     mask_id: int | None
     eos_id: int | None
     block_length: int | None
-    write_call: Callable[[list[dict], dict[str, np.ndarray], dict[int, dict]], Any]
+    write_call: Callable[[list[dict], dict[str, np.ndarray], CallRouting], Any]
     write_request: Callable[[dict], Any]
     next_request: int = 0
     unresolved: int = 0
