@@ -1,7 +1,9 @@
 """What recording costs a model's forward, in percent of its CPU time, on both demo models.
 
-Goal: at most 5% on a CPU. "told": the loops of this package with their KV caches, which tell the recorder what they predicted;
-"followed": bare forwards, for which the recorder takes argmax and probability of the block's rows from the logits itself.
+Goals on a CPU: at most 5% at level ids, 7% at active and scores.
+
+"told": the loops of this package with their KV caches, which tell the recorder what they predicted; "followed": bare forwards,
+for which the recorder takes argmax and probability of the block's rows from the logits itself.
 
 Three copies of the model, two bare ones and a recorded one, take turns in rounds, each round in another order; a figure is the
 median over rounds of the ratio of process CPU times, beside it the middle half. The second bare copy says how far off a ratio
@@ -95,7 +97,7 @@ def one_thread():
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("level", ["ids", "active"])
+@pytest.mark.parametrize("level", ["ids", "active", "scores"])
 @pytest.mark.parametrize("loop", ["told", "followed"])
 @pytest.mark.parametrize("family", ["llada2", "sdar"])
 def test_capture_overhead(benchmark, family, loop, level, one_thread, capsys):
@@ -125,8 +127,9 @@ def test_capture_overhead(benchmark, family, loop, level, one_thread, capsys):
     )
     with capsys.disabled():
         print(
-            f"\ncapture overhead, {family}, {loop}, level {level}: {median[1]:.1f}% (goal <= 5%; middle half {low[1]:.1f} to "
-            f"{high[1]:.1f}; bare against bare {median[0]:.1f}, {low[0]:.1f} to {high[0]:.1f}; {len(times)} rounds), "
+            f"\ncapture overhead, {family}, {loop}, level {level}: {median[1]:.1f}% (goal <= "
+            f"{5 if level == 'ids' else 7}%; middle half {low[1]:.1f} to {high[1]:.1f}; bare against bare {median[0]:.1f}, "
+            f"{low[0]:.1f} to {high[0]:.1f}; {len(times)} rounds), "
             f"forward {1e3 * forward:.2f} ms, {1e6 * added / layers:.0f} us a layer"
         )
     assert recorder.num_forwards > 0

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# without the detour through enums, where this Python says how: a writer holds interrupts back for every call
+_get: Any = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_set: Any = getattr(signal.signal, "__wrapped__", signal.signal)
 _waiting: list[tuple[Any, ...]] = []
 _held = False
 
@@ -22,17 +25,17 @@ def undisturbed() -> Iterator[None]:
     if _held or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGINT)
+    handler = _get(signal.SIGINT)
     if not callable(handler):
         yield
         return
-    signal.signal(signal.SIGINT, lambda *told: _waiting.append(told))
+    _set(signal.SIGINT, lambda *told: _waiting.append(told))
     _held = True
     try:
         yield
     finally:
         _held = False
-        signal.signal(signal.SIGINT, handler)
+        _set(signal.SIGINT, handler)
         if _waiting:
             told = _waiting[0]
             _waiting.clear()

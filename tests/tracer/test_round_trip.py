@@ -327,7 +327,7 @@ def without(column):
 
 
 BAD_CALLS = {
-    "call 1: block is missing.": without("block"),
+    "call 1: block is missing: it must be a whole number from -1 to 2147483647.": without("block"),
     "call 1: forwards has no column forward_id.": changed_part(forward_id=3),
     "call 1: kind must be one of prefill, denoise, commit, decode, not 'x'.": changed_part(kind="x"),
     "call 1: all requests of a call must share one kind.": changed_part(kind="commit", step=-1),

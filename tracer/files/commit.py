@@ -137,12 +137,16 @@ class Committer:
             except BaseException as error:
                 self._error = error
 
-    def make_room(self, num_bytes: int) -> None:
-        """Wait until ``num_bytes`` more fit beside what waits, or nothing waits; raises what went wrong in the thread."""
-        while self._waiting and self._waiting[0][0].done():
-            self._waiting.popleft()
-        while self._waiting and num_bytes + sum(size for _, size in self._waiting) > self._max_bytes:
-            self._waiting[0][0].result()
+    def make_room(self, num_bytes: int, for_segment: bool) -> None:
+        """Wait until ``num_bytes`` more fit beside what waits, or nothing waits; raises what went wrong in the thread.
+
+        ``for_segment``: a segment will be handed over, so that the one before has to be on disk: a kill loses no more.
+        """
+        while self._waiting:
+            future, size = self._waiting[0]
+            if not future.done() and not for_segment and num_bytes + size <= self._max_bytes:
+                break
+            future.result()
             self._waiting.popleft()
         self.raise_error()
 

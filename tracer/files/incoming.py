@@ -3,40 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tracer.errors import UserError
+from tracer.faults import sentences
 from tracer.schema import KINDS, STOP_REASONS, TABLES
 from tracer.trace import TraceMeta
 
-PART_DEFAULTS: dict[str, Any] = {"num_edited": 0, "branches": 1, "chosen_branch": None, "duration_ns": None}
-# column -> smallest and largest value; None may stand where the format says so
-OPTIONAL = {column.name for table in ("forwards", "requests") for column in TABLES[table] if column.optional}
 UINT32, INT32, INT64 = 2**32 - 1, 2**31 - 1, 2**63 - 1
-PART_BOUNDS = {
-    "request_id": (0, UINT32),
-    "block": (-1, INT32),
-    "step": (-1, INT32),
-    "row_start": (0, UINT32),
-    "num_tokens": (1, UINT32),
-    "kv_tokens": (0, UINT32),
-    "num_masked": (0, UINT32),
-    "num_accepted": (0, UINT32),
-    "num_edited": (0, UINT32),
-    "branches": (1, 255),
-    "chosen_branch": (0, 254),
-    "duration_ns": (0, INT64),
+# column -> smallest and largest value; None may stand where the format says so, and be left out where it is a default
+BOUNDS = {
+    "forwards": {
+        "request_id": (0, UINT32),
+        "block": (-1, INT32),
+        "step": (-1, INT32),
+        "row_start": (0, UINT32),
+        "num_tokens": (1, UINT32),
+        "kv_tokens": (0, UINT32),
+        "num_masked": (0, UINT32),
+        "num_accepted": (0, UINT32),
+        "num_edited": (0, UINT32),
+        "branches": (1, 255),
+        "chosen_branch": (0, 254),
+        "duration_ns": (0, INT64),
+    },
+    "requests": {
+        "request_id": (0, UINT32),
+        "prompt_tokens": (0, UINT32),
+        "generated_tokens": (0, UINT32),
+        "first_block": (-1, INT32),
+    },
 }
-REQUEST_BOUNDS = {
-    "request_id": (0, UINT32),
-    "prompt_tokens": (0, UINT32),
-    "generated_tokens": (0, UINT32),
-    "first_block": (-1, INT32),
-}
-PART_COLUMNS = {column.name for column in TABLES["forwards"]} - {"forward_id"}
-REQUEST_COLUMNS = [column.name for column in TABLES["requests"]]
+DEFAULTS: dict[str, Any] = {"num_edited": 0, "branches": 1, "chosen_branch": None, "duration_ns": None}
+CHOICES = {"kind": KINDS, "stop_reason": STOP_REASONS}
+
+
+def _row_model(table: str) -> type[BaseModel]:
+    """A row of a table as the writer is given it, without forward_id."""
+    fields: dict[str, Any] = {}
+    for column in TABLES[table]:
+        if column.name == "forward_id":
+            continue
+        kind: Any = str
+        if column.name in BOUNDS[table]:
+            low, high = BOUNDS[table][column.name]
+            kind = Annotated[int, Field(ge=low, le=high, description=f"a whole number from {low} to {high}")]
+        elif column.name in CHOICES:
+            kind = Literal[CHOICES[column.name]]
+        allowed = CHOICES.get(column.name)
+        told: dict[str, Any] = {"description": f"one of {', '.join(allowed)}"} if allowed else {}
+        default = DEFAULTS.get(column.name, ... if table == "forwards" or not column.optional else None)
+        fields[column.name] = (kind | None if column.optional else kind, Field(default, **told))
+    return create_model(table, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
+
+
+ROWS = {table: _row_model(table) for table in BOUNDS}
+
+
+def checked_row(name: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with its defaults; a UserError names the first column that is missing, unknown or out of range."""
+    model = ROWS[table]
+    try:
+        return model.model_validate(dict(given)).__dict__
+    except ValidationError as error:
+        numbers = {key: int(value) for key, value in given.items() if isinstance(value, np.integer)}
+        if numbers:
+            return checked_row(name, table, {**given, **numbers})
+        fault = error.errors()[0]
+        if fault["type"] == "extra_forbidden":
+            raise UserError(f"{name}: {table} has no column {fault['loc'][0]}.") from None
+        raise UserError(f"{name}: {sentences(error, model)[0]}.") from None
 
 
 class CallRules:
@@ -94,16 +133,8 @@ class CallRules:
 
     def request(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """A checked ``requests`` row; forgets what was kept of the request."""
-        unknown = sorted(set(given) - set(REQUEST_COLUMNS))
-        if unknown:
-            raise UserError(f"requests has no column {unknown[0]}.")
-        row = {column: given.get(column) for column in REQUEST_COLUMNS}
-        for column, (low, high) in REQUEST_BOUNDS.items():
-            if row[column] is not None or column not in OPTIONAL:
-                row[column] = _integer("requests", column, row[column], low, high)
-        if row["stop_reason"] not in STOP_REASONS:
-            raise UserError(f"stop_reason must be one of {', '.join(STOP_REASONS)}, not {row['stop_reason']!r}.")
-        request = int(given["request_id"])
+        row = checked_row("requests", "requests", given)
+        request = row["request_id"]
         if request in self._closed:
             raise UserError(f"request {request} is already in the trace: give each request a request_id of its own.")
         self._closed.add(request)
@@ -111,17 +142,7 @@ class CallRules:
         return row
 
     def _part(self, name: str, given: Mapping[str, Any], rows: int) -> dict[str, Any]:
-        part = {**PART_DEFAULTS, **given}
-        if part.keys() != PART_COLUMNS:
-            missing, unknown = sorted(PART_COLUMNS - part.keys()), sorted(part.keys() - PART_COLUMNS)
-            what = f"{missing[0]} is missing" if missing else f"forwards has no column {unknown[0]}"
-            raise UserError(f"{name}: {what}.")
-        if part["kind"] not in KINDS:
-            raise UserError(f"{name}: kind must be one of {', '.join(KINDS)}, not {part['kind']!r}.")
-        for column, (low, high) in PART_BOUNDS.items():
-            value = part[column]
-            if value is not None or column not in OPTIONAL:
-                part[column] = _integer(name, column, value, low, high)
+        part = checked_row(name, "forwards", given)
         request, tokens, branches = part["request_id"], part["num_tokens"], part["branches"]
         if part["row_start"] != rows:
             raise UserError(
@@ -146,11 +167,3 @@ class CallRules:
                     f"{name}: step is {part['step']} and must be {expected}, it counts up from 0 in {where}."
                 )
         return part
-
-
-def _integer(name: str, column: str, value: Any, low: int, high: int) -> int:
-    if value.__class__ is int and low <= value <= high:
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UserError(f"{name}: {column} must be a whole number from {low} to {high}, not {value!r}.")
-    return int(value)

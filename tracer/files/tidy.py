@@ -49,7 +49,8 @@ def part_frames(part: PartFile) -> Iterator[pl.DataFrame]:
         for column in TABLES[part.table]:
             if column.type in NUMBERS:
                 numbers(part, column.name, table, int(part.groups[group]))
-        frame = pl.DataFrame(pl.from_arrow(table))
+        # what a foreign footer says beside the columns may be no text, on which polars panics
+        frame = pl.DataFrame(pl.from_arrow(table.replace_schema_metadata(None)))
         missing = [pl.lit(None).alias(name) for name in names if name not in frame.columns]
         yield frame.with_columns(missing).select(
             pl.col(name).cast(dtype) for name, dtype in table_schema(part.table).items()

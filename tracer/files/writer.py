@@ -26,9 +26,9 @@ class TraceWriter:
     A segment ends where the (request, block) of the calls changes, once it holds ``segment_forwards`` calls, is
     ``segment_seconds`` old or holds an eighth of ``max_buffer_bytes``. A block that goes on past half of ``max_buffer_bytes``
     is cut at the next call all the same; readers put its pieces together again. Encoding takes about as much memory again as
-    the segment it works on. A process killed at any moment loses the open segment at most, and Ctrl-C nothing at all: it is
-    held back until a call is in. Left by an exception, the context commits what it has and leaves ``complete`` false. One
-    writer a folder: a second one is refused.
+    the segment it works on. A process killed at any moment loses the open segment, and one on its way to the disk, at most;
+    Ctrl-C loses nothing: it is held back until a call is in. Left by an exception, the context commits what it has and leaves
+    ``complete`` false. One writer a folder: a second one is refused.
 
     Parameters
     ----------
@@ -165,11 +165,12 @@ class TraceWriter:
         """
         self._check_open()
         rows, checked = self._rules.parts(self.next_forward, parts, tokens is not None, routing.layers)
+        pairs = {(part["request_id"], part["block"]) for part in checked if part["block"] >= 0}
+        ends = self._segment.num_bytes >= self._hard_bytes or (self._full() and not pairs & self._pairs)
         # Waiting can be interrupted; nothing has changed yet.
-        self._committer.make_room(self._segment.num_bytes + self._last_bytes)
+        self._committer.make_room(self._segment.num_bytes + self._last_bytes, ends)
         with undisturbed():
-            pairs = {(part["request_id"], part["block"]) for part in checked if part["block"] >= 0}
-            if self._segment.num_bytes >= self._hard_bytes or (self._full() and not pairs & self._pairs):
+            if ends:
                 self._end_segment()
             before = self._segment.num_bytes
             self._segment.put(self.next_forward, checked, rows, tokens, routing)
