@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import signal
+# what the module signal wraps in enums; a writer holds interrupts back for every call
+import _signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-# without the detour through enums, where this Python says how: a writer holds interrupts back for every call
-_get: Any = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
-_set: Any = getattr(signal.signal, "__wrapped__", signal.signal)
 _waiting: list[tuple[Any, ...]] = []
 _held = False
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
+class undisturbed:
     """Let the block finish before an interrupt is raised. Only the main thread gets interrupts; elsewhere nothing changes.
 
     Blocks may be nested: the interrupt is raised after the outermost one.
     """
-    global _held
-    if _held or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = _get(signal.SIGINT)
-    if not callable(handler):
-        yield
-        return
-    _set(signal.SIGINT, lambda *told: _waiting.append(told))
-    _held = True
-    try:
-        yield
-    finally:
+
+    __slots__ = ("_handler",)
+
+    def __enter__(self) -> None:
+        global _held
+        self._handler = None
+        if _held or threading.current_thread() is not threading.main_thread():
+            return
+        handler = _signal.getsignal(_signal.SIGINT)
+        if callable(handler):
+            _signal.signal(_signal.SIGINT, _wait)
+            _held, self._handler = True, handler
+
+    def __exit__(self, *_: object) -> None:
+        global _held
+        handler = self._handler
+        if handler is None:
+            return
         _held = False
-        _set(signal.SIGINT, handler)
+        _signal.signal(_signal.SIGINT, handler)
         if _waiting:
             told = _waiting[0]
             _waiting.clear()
             handler(*told)
+
+
+def _wait(*told: Any) -> None:
+    _waiting.append(told)

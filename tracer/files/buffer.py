@@ -85,9 +85,11 @@ class OpenSegment:
         if self.meta.capture_level == "active":
             active = _active(call, self.meta)
             call = CallRouting(call.layers, call.expert_ids, call.gate_weights, None, call.count)
-        size = sum(
-            array.nbytes for array in (call.expert_ids, call.gate_weights, call.router_scores) if array is not None
-        )
+        size = call.expert_ids.nbytes
+        size += 0 if call.gate_weights is None else call.gate_weights.nbytes
+        size += 0 if call.router_scores is None else call.router_scores.nbytes
+        for experts, scores in active:
+            size += experts.nbytes + scores.nbytes
         # nothing can fail any more
         if self._tokens is not None:
             for column, values in columns.items():
@@ -95,10 +97,12 @@ class OpenSegment:
             size += rows * TOKEN_BYTES
         self.calls.append(call)
         self.active.append(active)
-        self.parts += [{"forward_id": forward_id, **part} for part in parts]
+        for part in parts:
+            part["forward_id"] = forward_id
+        self.parts += parts
         self.row_ends.append(self.num_rows + rows)
         self.call_parts.append(len(parts))
-        self.num_bytes += size + sum(experts.nbytes + scores.nbytes for experts, scores in active)
+        self.num_bytes += size
         self.forward_ids.append(forward_id)
 
 
