@@ -190,7 +190,8 @@ def info(trace: TracePath, as_json: Json = False, quiet: Quiet = False) -> None:
         _print_json(facts)
         return
     if quiet:
-        counts = [_count(facts["counts"][f"{noun}s"], noun) for noun in ("request", "forward", "decision")]
+        nouns = ("request", "forward", "decision", "step", "assignment")
+        counts = [_count(facts["counts"][f"{noun}s"], noun) for noun in nouns if f"{noun}s" in facts["counts"]]
         typer.echo(f"{trace}: {', '.join(counts)}, {facts['bytes']['total'] / 1e6:.3g} MB")
         return
     from analysis.tables import show

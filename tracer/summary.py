@@ -29,21 +29,8 @@ def describe(trace: Trace) -> dict[str, Any]:
         When a part is missing or not readable.
     """
     meta, model = trace.meta, trace.meta.model
-    sizes = trace.bytes_on_disk()
-    decisions = trace.num_decisions
-    keys = ("forward_id", "layer", "row")
-    columns = {"expert_ids": 0, "gate_weights": 0, **dict.fromkeys(keys, 0)}
-    for part in trace.parts("routing"):
-        for name in columns:
-            columns[name] += part.compressed_bytes(name)
-    ids = columns["expert_ids"] + sum(columns[name] for name in keys)
-
-    def per_decision(size: int) -> float | None:
-        return size / decisions if decisions else None
-
     expert_bytes = sorted(set(model.expert_bytes.values()))
     router = meta.routers[model.moe_layers[0]]
-    reasons = trace.requests["stop_reason"].value_counts(sort=True)
     return {
         "trace": {
             "path": str(trace.path),
@@ -78,6 +65,36 @@ def describe(trace: Trace) -> dict[str, Any]:
             "expert_bias": any(spec.expert_bias is not None for spec in meta.routers.values()),
         },
         "decoding": dict(meta.decoding),
+        **(_counted(trace) if "loads" in meta.tables else _recorded(trace)),
+        "provenance": dict(meta.provenance),
+        "notes": [] if "loads" in meta.tables else list(trace.notes),
+    }
+
+
+def _counted(trace: Trace) -> dict[str, Any]:
+    """``counts`` and ``bytes`` of a trace that holds counts only."""
+    steps, loads = trace.loads
+    sizes = trace.bytes_on_disk()
+    counts = {"steps": len(steps), "assignments": int(loads.sum(dtype="int64"))}
+    return {"counts": counts, "bytes": {**sizes, "total": sum(sizes.values())}}
+
+
+def _recorded(trace: Trace) -> dict[str, Any]:
+    """``counts``, ``bytes`` and ``bytes_per_decision`` of a trace of calls."""
+    sizes = trace.bytes_on_disk()
+    decisions = trace.num_decisions
+    keys = ("forward_id", "layer", "row")
+    columns = {"expert_ids": 0, "gate_weights": 0, **dict.fromkeys(keys, 0)}
+    for part in trace.parts("routing"):
+        for name in columns:
+            columns[name] += part.compressed_bytes(name)
+    ids = columns["expert_ids"] + sum(columns[name] for name in keys)
+
+    def per_decision(size: int) -> float | None:
+        return size / decisions if decisions else None
+
+    reasons = trace.requests["stop_reason"].value_counts(sort=True)
+    return {
         "counts": {
             "requests": len(trace.requests),
             "stop_reasons": dict(reasons.iter_rows()),
@@ -97,6 +114,4 @@ def describe(trace: Trace) -> dict[str, Any]:
             "ids_and_weights": per_decision(ids + columns["gate_weights"]),
             "all": per_decision(sum(sizes.values())),
         },
-        "provenance": dict(meta.provenance),
-        "notes": list(trace.notes),
     }

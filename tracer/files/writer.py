@@ -82,7 +82,7 @@ class TraceWriter:
         whole: bool = False,
         compact: bool = False,
         segment_forwards: int = 1024,
-        segment_seconds: float = 10.0,
+        segment_seconds: float = 5.0,
         max_buffer_bytes: int = 128 << 20,
     ) -> None:
         if force and append:
