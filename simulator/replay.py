@@ -20,7 +20,7 @@ from simulator.policy import ExpertStream
 from simulator.registry import answer_of, describe
 from simulator.result import ReplayResult, cell_columns, forward_columns
 from simulator.runs import make_runs
-from simulator.streams.routed import RoutedLayer, RoutedSegment, Router
+from simulator.streams.routed import BLIND, RoutedLayer, RoutedSegment, Router
 from simulator.streams.spool import Spool, StreamSpool
 from simulator.streams.stream import merge_streams
 from simulator.tallies.cells import RoutedCells
@@ -266,6 +266,9 @@ class _Runner:
             "requests": len(self.requests),
             "forwards": self.recorded_forwards,
         }
+        if self.router.blind:
+            for notes in self.notes:
+                notes.append(BLIND)
         runs = make_runs(plan, self.simulated, self.notes, self.routed, self.placed)
         return ReplayResult(
             trace=told,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from simulator.policy import ExpertStream, Selection, Trajectory
 from simulator.registry import answer_of, describe
 from simulator.streams.gather import check_trajectory, current_block_rows, gather_layer, recorded_layer
 from simulator.streams.stream import build_stream, merge_streams
-from tracer.trace import LayerTrace, Segment
+from tracer.trace import LayerTrace, Segment, without_rows
+
+BLIND = "Rows whose scores were not recorded keep their recorded experts where a policy chooses again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class Router:
         # Seconds are added up in the order of entries, and another order rounds them otherwise.
         self.ordered = bool(plan.costs) or any(getattr(policy, "ordered", True) for policy in plan.residencies)
         self.next_id = [0] * len(plan.acceptances)
+        # whether a policy met rows without scores
+        self.blind = False
 
     def begin(self, segment: Segment) -> RoutedSegment:
         """Run the acceptance policies on a segment; simulated forwards are numbered on from the segment before."""
@@ -87,7 +92,7 @@ class Router:
                 gathered[a] = gather_layer(recorded, segment.forwards, trajectory)
             layer = gathered[a]
             if layer.present.any():
-                selection = answer_of(policy, "select", layer, trajectory, geometry)
+                selection = self._select(policy, layer, trajectory)
             else:
                 selection = Selection(layer.expert_ids, layer.count, None)
             offsets = trajectory.forwards.row_offsets
@@ -95,3 +100,28 @@ class Router:
                 selection, offsets, at, geometry.num_experts, layer.present, self.names[r], ordered=self.ordered
             )
             yield RoutedLayer(layer, selection, stream)
+
+    def _select(self, policy: Any, layer: LayerTrace, trajectory: Trajectory) -> Selection:
+        """What a policy selects; rows whose scores were not recorded take no part and stay as they are (trace-format.md)."""
+        blind = unscored_rows(layer) if {"scores", "active"} & set(policy.requires) else None
+        if blind is None:
+            return answer_of(policy, "select", layer, trajectory, self.plan.geometry)
+        self.blind = True
+        found: Selection = answer_of(policy, "select", without_rows(layer, blind), trajectory, self.plan.geometry)
+        if trajectory.reused is not None:
+            blind &= ~trajectory.reused
+        ids, count, weights = found.expert_ids.copy(), found.count.copy(), found.gate_weights
+        ids[blind], count[blind] = layer.expert_ids[blind], layer.count[blind]
+        if weights is not None and layer.gate_weights is not None:
+            weights = weights.copy()
+            weights[blind] = layer.gate_weights[blind]
+        return Selection(ids, count, weights)
+
+
+def unscored_rows(layer: LayerTrace) -> np.ndarray | None:
+    """bool [R]: routed rows whose scores were not recorded; None where there are none."""
+    if layer.router_scores is None or not len(layer.count):
+        return None
+    own = layer.router_scores[np.arange(len(layer.count)), layer.expert_ids[:, 0]]
+    blind = np.isnan(own) & (layer.count > 0)
+    return blind if blind.any() else None
