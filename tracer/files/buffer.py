@@ -9,20 +9,10 @@ import numpy as np
 
 from tracer.errors import UserError
 from tracer.files.row_kernels import active_columns
-from tracer.schema import id_type
+from tracer.schema import TABLES, id_type
 from tracer.trace import CallRouting, TraceMeta
 
-TOKEN_TYPES: dict[str, np.dtype[Any]] = {
-    "position": np.dtype(np.int32),
-    "token_id": np.dtype(np.int32),
-    "state": np.dtype(np.uint8),
-    "predicted_id": np.dtype(np.int32),
-    "confidence": np.dtype(np.float32),
-    "argmax_id": np.dtype(np.int32),
-    "argmax_confidence": np.dtype(np.float32),
-    "accepted": np.dtype(np.bool_),
-    "edited": np.dtype(np.bool_),
-}
+TOKEN_TYPES = {c.name: np.dtype(c.type) for c in TABLES["tokens"] if c.name not in ("forward_id", "row")}
 TOKEN_BYTES = sum(dtype.itemsize for dtype in TOKEN_TYPES.values())
 # the argmax columns repeat the predicted ones, which come before them, where they are not given
 TOKEN_LIKE = {"argmax_id": "predicted_id", "argmax_confidence": "confidence"}

@@ -15,26 +15,22 @@ import numpy as np
 from tracer.errors import TraceError
 from tracer.files.columns import kind_codes, numbers
 from tracer.files.parts import open_part, part_names
-from tracer.schema import DENOISE, KINDS
+from tracer.schema import DENOISE, KINDS, TABLES, Column
 from tracer.trace import ForwardTable, TraceMeta
 
-# dtypes of tracer.trace.ForwardTable; nulls have become -1
-DTYPES = {
-    "forward_id": np.uint32,
-    "request_id": np.uint32,
-    "kind": np.uint8,
-    "block": np.int32,
-    "step": np.int32,
-    "row_start": np.int64,
-    "num_tokens": np.int64,
-    "kv_tokens": np.int64,
-    "num_masked": np.int64,
-    "num_accepted": np.int64,
-    "num_edited": np.int64,
-    "branches": np.uint8,
-    "chosen_branch": np.int16,
-    "duration_ns": np.int64,
-}
+
+def _held(column: Column) -> type[np.generic]:
+    """dtype in :class:`tracer.trace.ForwardTable`: codes of kinds, room for -1 where a value may be null, counts to add up."""
+    if column.name == "kind":
+        return np.uint8
+    if column.type == "uint8":
+        return np.int16 if column.optional else np.uint8
+    if column.optional or (column.type == "uint32" and not column.name.endswith("_id")):
+        return np.int64
+    return np.dtype(column.type).type
+
+
+DTYPES = {column.name: _held(column) for column in TABLES["forwards"]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,30 +13,8 @@ from tracer.faults import sentences
 from tracer.schema import KINDS, STOP_REASONS, TABLES
 from tracer.trace import TraceMeta
 
-UINT32, INT32, INT64 = 2**32 - 1, 2**31 - 1, 2**63 - 1
-# column -> smallest and largest value; None may stand where the format says so, and be left out where it is a default
-BOUNDS = {
-    "forwards": {
-        "request_id": (0, UINT32),
-        "block": (-1, INT32),
-        "step": (-1, INT32),
-        "row_start": (0, UINT32),
-        "num_tokens": (1, UINT32),
-        "kv_tokens": (0, UINT32),
-        "num_masked": (0, UINT32),
-        "num_accepted": (0, UINT32),
-        "num_edited": (0, UINT32),
-        "branches": (1, 255),
-        "chosen_branch": (0, 254),
-        "duration_ns": (0, INT64),
-    },
-    "requests": {
-        "request_id": (0, UINT32),
-        "prompt_tokens": (0, UINT32),
-        "generated_tokens": (0, UINT32),
-        "first_block": (-1, INT32),
-    },
-}
+# smallest and largest value, where the type does not say it
+LOWEST, HIGHEST = {"num_tokens": 1, "branches": 1, "block": -1, "step": -1, "first_block": -1}, {"chosen_branch": 254}
 DEFAULTS: dict[str, Any] = {"num_edited": 0, "branches": 1, "chosen_branch": None, "duration_ns": None}
 CHOICES = {"kind": KINDS, "stop_reason": STOP_REASONS}
 
@@ -48,8 +26,8 @@ def _row_model(table: str) -> type[BaseModel]:
         if column.name == "forward_id":
             continue
         kind: Any = str
-        if column.name in BOUNDS[table]:
-            low, high = BOUNDS[table][column.name]
+        if column.type != "string":
+            low, high = LOWEST.get(column.name, 0), HIGHEST.get(column.name, int(np.iinfo(column.type).max))
             kind = Annotated[int, Field(ge=low, le=high, description=f"a whole number from {low} to {high}")]
         elif column.name in CHOICES:
             kind = Literal[CHOICES[column.name]]
@@ -60,7 +38,7 @@ def _row_model(table: str) -> type[BaseModel]:
     return create_model(table, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
 
 
-ROWS = {table: _row_model(table) for table in BOUNDS}
+ROWS = {table: _row_model(table) for table in ("forwards", "requests")}
 
 
 def checked_row(name: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]:

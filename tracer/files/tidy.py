@@ -9,30 +9,19 @@ import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from tracer.files.columns import NUMBERS, kind_codes, numbers
+from tracer.files.columns import NUMBERS, arrow_schema, kind_codes, numbers
 from tracer.files.folder import request_parts
 from tracer.files.forwards import StoredForwards
 from tracer.files.parts import PartFile, open_part
 from tracer.schema import STOP_REASONS, TABLES
 from tracer.trace import Segment
 
-POLARS_TYPES: dict[str, Any] = {
-    "uint8": pl.UInt8,
-    "uint16": pl.UInt16,
-    "uint32": pl.UInt32,
-    "int32": pl.Int32,
-    "int64": pl.Int64,
-    "float32": pl.Float32,
-    "bool": pl.Boolean,
-    "string": pl.String,
-    "binary": pl.Binary,
-}
 INTERRUPTED = "interrupted"
 
 
 def table_schema(table: str) -> pl.Schema:
     """polars schema of a table; its fixed-width columns are Binary."""
-    return pl.Schema({column.name: POLARS_TYPES.get(column.type, pl.Binary) for column in TABLES[table]})
+    return pl.DataFrame(pl.from_arrow(arrow_schema(table, 1, 1).empty_table())).schema
 
 
 def part_frames(part: PartFile) -> Iterator[pl.DataFrame]:
