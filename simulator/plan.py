@@ -145,6 +145,12 @@ def _check(axis: str, policy: Any, trace: Any) -> None:
                 f"(captured at level {trace.meta.capture_level}); {remedy}."
             )
 
+    if policy.requires & {ACTIVE, SCORES} and trace.meta.kind_routers:
+        raise UserError(
+            f"{axis} policy {describe(policy)['name']} chooses again by one rule a layer, and in this trace calls of different "
+            "kinds go through routers of their own; use a policy that keeps the recorded experts."
+        )
+
 
 def _machine(spec: str | None, trace: Any) -> Machine:
     if spec is None:

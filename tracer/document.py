@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tracer.faults import said, wrong
-from tracer.schema import GROUP_SCORES, LEVELS, SCORE_FUNCTIONS
+from tracer.schema import GROUP_SCORES, KINDS, LEVELS, SCORE_FUNCTIONS
 
 Count = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
 Positive = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
@@ -21,7 +21,10 @@ Flag = Annotated[bool, Field(description="true or false")]
 Text = Annotated[str, Field(description="a text or null")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 LayerNumbers = Annotated[
-    dict[int, list[Finite]], Field(description="null or an object of MoE layer -> list of num_experts finite numbers")
+    dict[int, list[Finite]] | dict[str, dict[int, list[Finite]]],
+    Field(
+        description="null or an object of MoE layer -> list of num_experts finite numbers, or one of these a kind of call"
+    ),
 ]
 
 
@@ -101,6 +104,8 @@ class Router(Section):
     @classmethod
     def _layer_keys(cls, value: Any) -> Any:
         """JSON's keys are texts."""
+        if isinstance(value, Mapping) and value and set(value) <= set(KINDS):
+            return {kind: cls._layer_keys(own) for kind, own in value.items()}
         if isinstance(value, Mapping):
             return {int(k) if isinstance(k, str) and k.isdecimal() else -1: v for k, v in value.items()}
         return value
@@ -110,6 +115,13 @@ class Decoding(Section):
     """What the loop really used; its other keys are kept as they are."""
 
     block_length: Count | None = None
+
+
+def by_kind(numbers: dict[Any, Any] | None) -> dict[str, dict[int, list[float]]]:
+    """``expert_bias`` or ``expert_scale`` by kind of call; "" where all kinds share them."""
+    if numbers and set(numbers) <= set(KINDS):
+        return numbers
+    return {"": numbers or {}}
 
 
 class Document(Section):
@@ -152,7 +164,7 @@ class Document(Section):
                 f"experts, not {kept}"
             )
         for name in ("expert_bias", "expert_scale"):
-            for layer, numbers in (getattr(router, name) or {}).items():
+            for layer, numbers in (pair for own in by_kind(getattr(router, name)).values() for pair in own.items()):
                 if layer not in model.moe_layers or len(numbers) != model.num_experts:
                     raise said(
                         f"router.{name} must be null or an object of MoE layer -> list of {model.num_experts} finite "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from tracer.document import Document, Model, Router
+from tracer.document import Document, Model, Router, by_kind
 from tracer.errors import TraceError
 from tracer.faults import sentences, shown
 from tracer.schema import SCHEMA_VERSION, TABLES
@@ -86,7 +86,11 @@ def parse_meta(document: Any, name: str = META_FILE) -> TraceMeta:
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
         ),
-        routers=_routers(read.router, model),
+        routers=_routers(read.router, model, "denoise"),
+        kind_routers={
+            kind: _routers(read.router, model, kind)
+            for kind in sorted({*by_kind(read.router.expert_bias), *by_kind(read.router.expert_scale)} - {""})
+        },
         tables=tuple(table for table in TABLES if table in read.tables),
         decoding=dict(document.get("decoding") or {}),
         provenance=dict(read.provenance or {}),
@@ -95,9 +99,13 @@ def parse_meta(document: Any, name: str = META_FILE) -> TraceMeta:
     )
 
 
-def _routers(router: Router, model: Model) -> dict[int, RouterSpec]:
-    def numbers(values: dict[int, list[float]] | None, layer: int) -> np.ndarray | None:
-        return None if values is None or layer not in values else np.array(values[layer], np.float32)
+def _routers(router: Router, model: Model, kind: str) -> dict[int, RouterSpec]:
+    """The routers that calls of a kind go through, by layer."""
+
+    def numbers(values: dict[Any, Any] | None, layer: int) -> np.ndarray | None:
+        own = by_kind(values)
+        found = own.get(kind, own.get("", {})).get(layer)
+        return None if found is None else np.array(found, np.float32)
 
     return {
         layer: RouterSpec(

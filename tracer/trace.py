@@ -219,12 +219,18 @@ class TraceMeta:
     complete: bool
     capture_level: str
     model: ModelInfo
-    routers: dict[int, RouterSpec]  # layer -> spec
+    routers: dict[int, RouterSpec]  # layer -> spec, of denoise calls where kinds differ
     tables: tuple[str, ...]
     decoding: dict[str, Any]
     provenance: dict[str, Any]
     segments: int | None  # how many there are, once complete
     raw: dict[str, Any] = field(repr=False)
+    # kind -> layer -> spec, where calls of different kinds go through routers of their own over the same experts
+    kind_routers: dict[str, dict[int, RouterSpec]] = field(default_factory=dict)
+
+    def router_of(self, kind: str, layer: int) -> RouterSpec:
+        """The router that calls of a kind go through in a layer."""
+        return self.kind_routers.get(kind, self.routers)[layer]
 
     @property
     def block_length(self) -> int:

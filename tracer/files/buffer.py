@@ -73,7 +73,7 @@ class OpenSegment:
         call = stored_routing(name, routing, rows, self.meta)
         active: list[tuple[np.ndarray, np.ndarray]] = []
         if self.meta.capture_level == "active":
-            active = _active(call, self.meta)
+            active = _active(call, self.meta, parts[0]["kind"])
             call = CallRouting(call.layers, call.expert_ids, call.gate_weights, None, call.count)
         size = call.expert_ids.nbytes
         size += 0 if call.gate_weights is None else call.gate_weights.nbytes
@@ -138,7 +138,7 @@ def stored_routing(name: str, given: CallRouting, rows: int, meta: TraceMeta) ->
     return CallRouting(tuple(given.layers), np.array(ids, dtype, order="C"), weights, scores, count)
 
 
-def _active(call: CallRouting, meta: TraceMeta) -> list[tuple[np.ndarray, np.ndarray]]:
+def _active(call: CallRouting, meta: TraceMeta, kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Per layer the experts whose scores level "active" keeps, and these scores; NaN rows stay NaN."""
     assert call.router_scores is not None
     found = []
@@ -150,7 +150,7 @@ def _active(call: CallRouting, meta: TraceMeta) -> list[tuple[np.ndarray, np.nda
         ids = call.expert_ids[n]
         if call.count is not None:
             ids = np.where(np.arange(ids.shape[1]) < call.count[n][:, None], ids, ids[:, :1])
-        experts = active_columns(ids, scores, meta.routers[layer].expert_bias, routed)
+        experts = active_columns(ids, scores, meta.router_of(kind, layer).expert_bias, routed)
         found.append((experts.astype(call.expert_ids.dtype), np.ascontiguousarray(scores[:, experts])))
     return found
 
