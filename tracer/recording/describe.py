@@ -142,6 +142,7 @@ def describe_run(model: nn.Module) -> dict[str, Any]:
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     return {
+        "source": "captured",
         "package": package,
         "torch": torch.__version__,
         "transformers": _version("transformers"),
