@@ -108,28 +108,29 @@ class TraceWriter:
             with undisturbed():
                 self._place = take_folder(self.path, document, force, append, whole)
                 self.folder = self._place.folder
-                try:
-                    for table in self.meta.tables:
-                        (self.folder / table).mkdir(exist_ok=True)
-                    write_meta(self.folder, self._place.document)
-                except BaseException:
-                    self._place.give_up()
-                    raise
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror or error}.") from None
-        self._whole = whole
-        self.next_forward = self._place.forward
-        self.ended = self._place.ended
-        self.next_request = max((*self._place.held, *self._place.ended), default=-1) + 1
-        self._rules = CallRules(self.meta, self._place.held | self._place.ended)
-        self._segment_forwards, self._segment_seconds = segment_forwards, segment_seconds
-        self._soft_bytes, self._hard_bytes = max_buffer_bytes // 8, max_buffer_bytes // 2
-        self._segment = OpenSegment(self.meta)
-        self._pairs: set[tuple[int, int]] = set()
-        self._opened = time.monotonic()
-        self._last_bytes = 0
-        self._committer = Committer(self.folder, self._place.part, max_buffer_bytes, compact)
-        self._open = True
+                for table in self.meta.tables:
+                    (self.folder / table).mkdir(exist_ok=True)
+                write_meta(self.folder, self._place.document)
+                self._whole = whole
+                self.next_forward = self._place.forward
+                self.ended = self._place.ended
+                self.next_request = max((*self._place.held, *self._place.ended), default=-1) + 1
+                self._rules = CallRules(self.meta, self._place.held | self._place.ended)
+                self._segment_forwards, self._segment_seconds = segment_forwards, segment_seconds
+                self._soft_bytes, self._hard_bytes = max_buffer_bytes // 8, max_buffer_bytes // 2
+                self._segment = OpenSegment(self.meta)
+                self._pairs: set[tuple[int, int]] = set()
+                self._opened = time.monotonic()
+                self._last_bytes = 0
+                self._committer = Committer(self.folder, self._place.part, max_buffer_bytes, compact)
+                self._open = True
+        except BaseException as error:
+            # an interrupt that was held back until here too: nobody will close this writer
+            if hasattr(self, "_place"):
+                self._place.give_up()
+            if isinstance(error, OSError):
+                raise UserError(f"{self.path} cannot be written: {error.strerror or error}.") from None
+            raise
 
     @property
     def bytes_written(self) -> int:
