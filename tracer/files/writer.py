@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -243,6 +244,12 @@ class TraceWriter:
             self.close(complete=False)
         except UserError as second:
             error.add_note(str(second))
+
+    def __del__(self) -> None:
+        # an interrupt may come between two lines of a with-statement, before the writer's own could hold it back
+        if getattr(self, "_open", False):
+            with suppress(Exception):
+                self.close(complete=False)
 
     def _end_segment(self) -> None:
         self._committer.submit(self._segment)
