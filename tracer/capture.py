@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tracer.capture_plan import CapturePlan, as_size, finished_prompts
+from tracer.capture_plan import CapturePlan, as_size
 from tracer.decode import decode_llada2, decode_own, decode_sdar
 from tracer.files.folder import last_state
 from tracer.files.writer import TraceWriter
@@ -62,9 +62,8 @@ def run_capture(plan: CapturePlan, on_step: Callable[[int, float, int], None] | 
     """
     options, loaded = plan.options, plan.loaded
     started = time.monotonic()
-    finished = finished_prompts(plan) if options.resume else 0
-    if finished and finished == len(plan.prompts):
-        return _completed(plan, finished, started)
+    if plan.finished == len(plan.prompts):
+        return _completed(plan, started)
     tokens, interrupted, recorder = 0, False, None
     try:
         with (
@@ -93,7 +92,7 @@ def run_capture(plan: CapturePlan, on_step: Callable[[int, float, int], None] | 
                 meta={"writer": plan.hashes},
             ) as recorder,
         ):
-            for number in range(finished, len(plan.prompts)):
+            for number in range(plan.finished, len(plan.prompts)):
 
                 def tell(generated: int, before: int = tokens, recorder: Recorder = recorder) -> None:
                     if on_step is not None:
@@ -165,7 +164,7 @@ def _decode_one(plan: CapturePlan, number: int, recorder: Recorder, tell: Callab
     return result.generated
 
 
-def _completed(plan: CapturePlan, finished: int, started: float) -> CaptureResult:
+def _completed(plan: CapturePlan, started: float) -> CaptureResult:
     """A trace that has every prompt and lacks at most its last meta.json."""
     meta = read_meta(plan.out)
     if not meta.complete:
@@ -174,7 +173,7 @@ def _completed(plan: CapturePlan, finished: int, started: float) -> CaptureResul
     return CaptureResult(
         trace=plan.out,
         model=plan.loaded.id,
-        requests=finished,
+        requests=plan.finished,
         forwards=state.calls,
         generated_tokens=0,
         bytes_written=_bytes(plan.out),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tracer.adapters.find import find_gates
 from tracer.errors import UserError
 from tracer.files.folder import last_state
-from tracer.meta import META_FILE, read_meta
+from tracer.meta import META_FILE, digest, read_meta
 from tracer.models import LoadedModel, load_model
 from tracer.prompts import Prompt, RandomPrompts, read_prompts
 from tracer.schema import LEVELS
@@ -77,6 +74,7 @@ class CapturePlan:
     token_ids: tuple[tuple[int, ...], ...]
     options: CaptureOptions
     expected_bytes: int
+    finished: int = 0  # prompts that the trace to go on with has already
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -88,7 +86,7 @@ class CapturePlan:
             [list(ids), prompt.dataset, prompt.text if self.options.keep_text else None]
             for ids, prompt in zip(self.token_ids, self.prompts, strict=True)
         ]
-        return {"options_hash": _hash([self.loaded.id, given]), "prompts_hash": _hash(prompts)}
+        return {"options_hash": digest([self.loaded.id, given]), "prompts_hash": digest(prompts)}
 
     @property
     def total_tokens(self) -> int:
@@ -100,10 +98,6 @@ class CapturePlan:
             f"Capturing {len(self.prompts)} prompts x {self.options.gen_length} tokens from {self.loaded.id} at level "
             f"{self.options.level}: at most about {as_size(self.expected_bytes)} on disk."
         )
-
-
-def _hash(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def demo_prompts() -> list[Prompt]:
@@ -150,12 +144,10 @@ def plan_capture(model: str, out: Path, prompts: list[Prompt] | RandomPrompts, o
     plan = CapturePlan(
         loaded, Path(out), tuple(prompts), token_ids, options, _expected_bytes(loaded, token_ids, options)
     )
-    if options.resume:
-        finished_prompts(plan)
-    return plan
+    return replace(plan, finished=_finished(plan)) if options.resume else plan
 
 
-def finished_prompts(plan: CapturePlan) -> int:
+def _finished(plan: CapturePlan) -> int:
     """Prompts a trace has finished: they run in order.
 
     Raises

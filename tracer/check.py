@@ -19,7 +19,7 @@ from tracer.files.forwards import StoredForwards, read_forwards, rule_faults, se
 from tracer.files.layers import LayerRows
 from tracer.files.loads import read_loads
 from tracer.files.segments import StoredTables, segment_rows
-from tracer.files.tidy import INTERRUPTED, requests_frame
+from tracer.files.tidy import INTERRUPTED, not_finished, requests_frame
 from tracer.files.tokens import TokenRows, token_faults
 from tracer.meta import MetaError, read_meta
 from tracer.schema import DENOISE, undecided
@@ -106,11 +106,9 @@ def first_fault(trace: Trace) -> str | None:
 
 def _unfinished(stored: StoredForwards) -> str:
     try:
-        requests = requests_frame(stored)
+        return not_finished(stored.path, requests_frame(stored))
     except TraceError:
         return f"{stored.path}: this trace was not finished."
-    ended = requests.filter(pl.col("stop_reason") != INTERRUPTED).height
-    return f"{stored.path}: this trace was not finished: {ended} requests of {requests.height} ended."
 
 
 def _empty_faults(tables: StoredTables) -> Iterator[str]:

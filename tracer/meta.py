@@ -139,10 +139,22 @@ def read_meta(path: Path) -> TraceMeta:
     return parse_meta(document, f"{path}: {META_FILE}")
 
 
+def digest(value: Any) -> str:
+    """blake2b (16 bytes, hex) of a value as JSON with sorted keys and no spaces."""
+    return hashlib.blake2b(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode(), digest_size=16
+    ).hexdigest()
+
+
 def checksum(document: Mapping[str, Any]) -> str:
-    """blake2b (16 bytes, hex) of a document without its checksum, as JSON with sorted keys and no spaces."""
-    rest = {key: value for key, value in document.items() if key != "checksum"}
-    return hashlib.blake2b(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode(), digest_size=16).hexdigest()
+    """The digest of a document without its checksum."""
+    return digest({key: value for key, value in document.items() if key != "checksum"})
+
+
+def under_way(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document of a trace that is being written: what only a complete one says is left out."""
+    rest = {key: value for key, value in document.items() if key not in ("segments", "checksum")}
+    return {**rest, "complete": False}
 
 
 def as_document(meta: Mapping[str, Any]) -> dict[str, Any]:

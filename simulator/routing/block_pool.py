@@ -20,13 +20,13 @@ from simulator.selecting.coresets import (
     all_scores,
     check_block_length,
     list_members,
-    plain_top,
     route_inside,
     shared_rows,
 )
 from simulator.selecting.reselect import refuse_missing_score
 from tracer.errors import UserError
 from tracer.jit import njit
+from tracer.top import plain_top
 from tracer.trace import LayerTrace
 
 

@@ -19,13 +19,13 @@ from simulator.selecting.coresets import (
     check_block_length,
     check_kept,
     list_members,
-    plain_top,
     route_inside,
     shared_rows,
 )
 from simulator.selecting.reselect import recorded_scores
 from tracer.errors import UserError
 from tracer.jit import njit
+from tracer.top import plain_top
 from tracer.trace import LayerTrace
 
 

@@ -21,12 +21,12 @@ from simulator.selecting.coresets import (
     all_scores,
     check_block_length,
     list_members,
-    plain_top,
     route_inside,
     shared_rows,
 )
 from tracer.errors import UserError
 from tracer.jit import njit
+from tracer.top import plain_top
 from tracer.trace import LayerTrace
 
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from simulator.kernels import router_arrays
 from simulator.policy import ACTIVE, Geometry, Selection, Trajectory
-from simulator.selecting.coresets import check_block_length, check_kept, list_members, plain_top, shared_rows, weigh_row
+from simulator.selecting.coresets import check_block_length, check_kept, list_members, shared_rows, weigh_row
 from simulator.selecting.reselect import recorded_scores, refuse_missing_score
 from tracer.errors import UserError
 from tracer.jit import njit
+from tracer.top import plain_top
 from tracer.trace import LayerTrace
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -121,11 +120,12 @@ class Committer:
         self._memory = SlotMemory()
         self._error: BaseException | None = None
         self._thread = ThreadPoolExecutor(1, "trace-writer")
-        self._waiting: deque[tuple[Future[None], int]] = deque()
+        # the segment on its way to the disk, and its bytes
+        self._pending: tuple[Future[None], int] | None = None
 
     def submit(self, segment: OpenSegment) -> None:
         """Hand a segment over; it must not be changed afterwards."""
-        self._waiting.append((self._thread.submit(self._commit, segment), segment.num_bytes))
+        self._pending = self._thread.submit(self._commit, segment), segment.num_bytes
 
     def _commit(self, segment: OpenSegment) -> None:
         # what comes after a failure would leave a gap
@@ -138,16 +138,15 @@ class Committer:
                 self._error = error
 
     def make_room(self, num_bytes: int, for_segment: bool) -> None:
-        """Wait until ``num_bytes`` more fit beside what waits, or nothing waits; raises what went wrong in the thread.
+        """Wait until ``num_bytes`` more fit beside the segment on its way, or none is; raises what went wrong in the thread.
 
         ``for_segment``: a segment will be handed over, so that the one before has to be on disk: a kill loses no more.
         """
-        while self._waiting:
-            future, size = self._waiting[0]
-            if not future.done() and not for_segment and num_bytes + size <= self._max_bytes:
-                break
-            future.result()
-            self._waiting.popleft()
+        if self._pending is not None:
+            future, size = self._pending
+            if for_segment or future.done() or num_bytes + size > self._max_bytes:
+                future.result()
+                self._pending = None
         self.raise_error()
 
     def finish(self) -> None:

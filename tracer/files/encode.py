@@ -17,7 +17,7 @@ from tracer.files.columns import arrow_schema
 from tracer.files.row_kernels import half_scored_row
 from tracer.files.slots import PartRows, SlotMemory
 from tracer.files.stack import LayerStack, row_fault, stack_layers
-from tracer.files.tokens import repeated_positions
+from tracer.files.tokens import repeated_positions, row_keys
 from tracer.schema import PADDING, STATES, TABLES
 
 
@@ -52,11 +52,7 @@ def _offsets(segment: OpenSegment) -> np.ndarray:
 
 
 def _keys(segment: OpenSegment) -> tuple[np.ndarray, np.ndarray]:
-    """forward_id and row of every token row, uint32 [T]."""
-    offsets = _offsets(segment)
-    rows = np.diff(offsets)
-    forward = np.repeat(np.array(segment.forward_ids, np.uint32), rows)
-    return forward, (np.arange(offsets[-1]) - np.repeat(offsets[:-1], rows)).astype(np.uint32)
+    return row_keys(np.array(segment.forward_ids, np.uint32), _offsets(segment))
 
 
 def _rows_table(segment: OpenSegment, table: str, rows: list[dict[str, Any]]) -> pa.Table:

@@ -7,11 +7,10 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,9 +19,12 @@ from tracer.errors import TraceError, UserError
 from tracer.files.commit import COMPACT, part_name, temporary_path, write_part
 from tracer.files.forwards import StoredForwards, read_forwards, structure_faults
 from tracer.files.parts import open_part, part_names
-from tracer.meta import META_FILE, TEMPORARY_META, read_meta, sync_folder, write_meta
+from tracer.meta import META_FILE, TEMPORARY_META, read_meta, sync_folder, under_way, write_meta
 from tracer.schema import TABLES
 from tracer.trace import TraceMeta
+
+if TYPE_CHECKING:
+    import filelock
 
 # what must be the same in a trace and in what is appended to it
 SAME_ON_APPEND = ("schema_version", "capture_level", "model", "router", "tables", "decoding", "writer")
@@ -56,12 +58,12 @@ class Place:
     path: Path
     folder: Path
     document: dict[str, Any]
+    lock: filelock.BaseFileLock
     part: int = 0
     forward: int = 0
     held: frozenset[int] = frozenset()
     ended: frozenset[int] = frozenset()
     made: bool = False
-    _lock: filelock.BaseFileLock = field(default_factory=lambda: filelock.FileLock(os.devnull))
 
     def finish(self) -> None:
         """Let what was written beside the trace take its place; other files of the folder come along."""
@@ -94,10 +96,10 @@ class Place:
         self._unlock()
 
     def _unlock(self) -> None:
-        if self._lock.is_locked:
+        if self.lock.is_locked:
             # while it is held: who waits for the old file sees that it is gone and makes a new one
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
 
 
 def _free_name(path: Path) -> Path:
@@ -116,6 +118,9 @@ def take_folder(path: Path, document: dict[str, Any], force: bool, append: bool,
     OSError
         When the folder cannot be written.
     """
+    # readers need none
+    import filelock
+
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose another name for the trace.")
     try:
@@ -127,7 +132,7 @@ def take_folder(path: Path, document: dict[str, Any], force: bool, append: bool,
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"{path} is being written by another process: wait for it, or give another name.") from None
-    place = Place(path, path, document, _lock=lock)
+    place = Place(path, path, document, lock)
     try:
         earlier = earlier_trace(path)
         if earlier is not None:
@@ -250,9 +255,7 @@ def _resume(place: Place) -> None:
     names = state.stored.names
     if list(names) != [part_name(number) for number in range(len(names))]:
         raise UserError(f"{path} has parts of other names than this writer gives, so nothing can be appended to it.")
-    place.document = {**meta.raw, "complete": False}
-    for key in ("segments", "checksum"):
-        place.document.pop(key, None)
+    place.document = under_way(meta.raw)
     # first of all: from here on the trace is under way again
     if meta.complete:
         write_meta(path, place.document)

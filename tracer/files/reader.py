@@ -108,8 +108,9 @@ class Trace:
         """One sentence, with how much there is, when the trace was not finished; every figure of it needs that note."""
         if self.meta.complete:
             return None
-        ended = self.requests.filter(self.requests["stop_reason"] != "interrupted").height
-        return f"{self.path}: this trace was not finished: {ended} requests of {self.requests.height} ended."
+        from tracer.files.tidy import not_finished
+
+        return not_finished(self.path, self.requests)
 
     @property
     def num_forwards(self) -> int:

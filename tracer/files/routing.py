@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tracer.errors import TraceError
-from tracer.files.columns import binaries, fixed, numbers
+from tracer.files.columns import COLUMNS, binaries, fixed, numbers
 from tracer.files.forwards import StoredForwards
 from tracer.files.parts import PartFile, part_names
 from tracer.schema import KINDS
@@ -26,7 +26,6 @@ from tracer.schema import KINDS
 CACHE_BYTES = 256 << 20
 # runs whose keys are known to be right, those of the layers of a segment or two
 MOST_RIGHT = 8
-FIXED = ("expert_ids", "gate_weights", "router_scores")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ class LayerTable:
             before = int(call_rows[:call][found[kinds[:call]]].sum())
             if before < self._bounds[layer][-1]:
                 (run,) = self.runs(layer, before, before + 1)
-                row = self.keys(run, "forward_id")
+                row = self._stored_keys(run, "forward_id")[run.rows]
                 found[kind] = int(row[0]) == int(self._stored.call_ids[call])
         return found
 
@@ -208,10 +207,6 @@ class LayerTable:
         row = np.repeat(starts - (np.cumsum(rows) - rows), rows) + np.arange(count)
         return np.repeat(self._stored.call_ids[call:last], rows), row
 
-    def keys(self, run: Run, name: str) -> np.ndarray:
-        """``forward_id`` or ``row`` of a run's rows."""
-        return self._stored_keys(run, name)[run.rows]
-
     def _stored_keys(self, run: Run, name: str) -> np.ndarray:
         """A key of a whole row group.
 
@@ -246,12 +241,12 @@ class LayerTable:
                 found[name] = kept
         else:
             found = _decode(part, wanted, run.group)
-        layers = np.array([layer]) if part.sealed else found.pop("layer")[run.rows]
-        if layers.min() != layer or layers.max() != layer:
-            at = int(np.argmax(layers != layer))
-            raise part.fault(
-                run.place(run.first + at), f"layer is {layers[at]} where its row group's footer says {layer}."
-            )
+        if "layer" in found:
+            layers = found.pop("layer")[run.rows]
+            if layers.min() != layer or layers.max() != layer:
+                at = int(np.argmax(layers != layer))
+                what = f"layer is {layers[at]} where its row group's footer says {layer}."
+                raise part.fault(run.place(run.first + at), what)
         return {name: _taken(values, run.rows) for name, values in found.items()}
 
     def _recall(self, key: tuple[Any, ...]) -> Any:
@@ -275,9 +270,10 @@ def _decode(part: PartFile, names: list[str], group: int) -> dict[str, Any]:
     table, first = part.read(names, group), int(part.groups[group])
     found: dict[str, Any] = {}
     for name in names:
-        if name in FIXED:
+        kind = COLUMNS[part.table][name].type
+        if kind in part.widths:
             found[name] = fixed(part, name, table, first)
-        elif name in ("experts", "values"):
+        elif kind == "binary":
             values = table.column(name)
             if values.null_count:
                 raise part.fault(first + int(np.argmax(values.is_null())), f"{name} is null.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from tracer.jit import njit
+from tracer.top import plain_top
 
 HALF_MAGNITUDE, HALF_EXPONENT, HALF_SIGN = np.uint16(0x7FFF), 0x7C00, 0x8000
 SINGLE_MAGNITUDE, SINGLE_EXPONENT = np.uint32(0x7FFFFFFF), 0x7F800000
@@ -102,28 +103,13 @@ def half_scored_row(scores: np.ndarray) -> int:
 
 @njit
 def _mark_active(expert_ids, scores, bias, top_k, routed, active):
-    num_experts = scores.shape[1]
-    best = np.empty(top_k, np.float32)
-    chosen = np.empty(top_k, np.int64)
+    best, chosen = np.empty(top_k, np.float32), np.empty(top_k, np.int64)
     for t in range(len(scores)):
         if not routed[t]:
             continue
         for k in range(expert_ids.shape[1]):
             active[expert_ids[t, k]] = True
-        size = 0
-        for e in range(num_experts):
-            value = scores[t, e] + bias[e]
-            if np.isnan(value) or (size == top_k and value <= best[top_k - 1]):
-                continue
-            place = size if size < top_k else top_k - 1
-            while place > 0 and best[place - 1] < value:
-                best[place] = best[place - 1]
-                chosen[place] = chosen[place - 1]
-                place -= 1
-            best[place] = value
-            chosen[place] = e
-            size = min(size + 1, top_k)
-        for k in range(size):
+        for k in range(plain_top(scores[t] + bias, top_k, best, chosen)):
             active[chosen[k]] = True
 
 

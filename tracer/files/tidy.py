@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from tracer.files.columns import NUMBERS, arrow_schema, kind_codes, numbers
 from tracer.files.folder import request_parts
 from tracer.files.forwards import StoredForwards
 from tracer.files.parts import PartFile, open_part
+from tracer.files.tokens import row_keys
 from tracer.schema import STOP_REASONS, TABLES
 from tracer.trace import Segment
 
@@ -73,6 +75,12 @@ def requests_frame(forwards: StoredForwards) -> pl.DataFrame:
     return pl.concat([ended, worked_on], how="diagonal").sort("request_id")
 
 
+def not_finished(path: Path, requests: pl.DataFrame) -> str:
+    """What is said of a trace that was not finished; ``requests`` as :func:`requests_frame` gives them."""
+    ended = requests.filter(pl.col("stop_reason") != INTERRUPTED).height
+    return f"{path}: this trace was not finished: {ended} requests of {requests.height} ended."
+
+
 def scan_parts(parts: Callable[[], Iterable[PartFile]], table: str) -> pl.LazyFrame:
     """A table as stored, part by part, in the format's own types; ``parts()`` lists its parts."""
 
@@ -99,10 +107,7 @@ def scan_routing(segments: Callable[[], Iterable[Segment]], num_experts: int) ->
 
     def frames() -> Iterator[pl.DataFrame]:
         for segment in segments():
-            offsets = segment.forwards.row_offsets
-            rows = np.diff(offsets)
-            forward = np.repeat(segment.forwards.forward_id, rows)
-            row = np.arange(offsets[-1]) - np.repeat(offsets[:-1], rows)
+            forward, row = row_keys(segment.forwards.forward_id, segment.forwards.row_offsets)
             for layer in segment.layers:
                 found = segment.layer(layer, with_padding=True)
                 top_k = found.expert_ids.shape[1]
@@ -113,7 +118,7 @@ def scan_routing(segments: Callable[[], Iterable[Segment]], num_experts: int) ->
                     {
                         "forward_id": forward[own],
                         "layer": np.full(len(own), layer, np.uint16),
-                        "row": row[own].astype(np.uint32),
+                        "row": row[own],
                         "slot": slot.astype(np.uint8),
                         "expert_id": found.expert_ids[real],
                         "gate_weight": (

@@ -89,7 +89,7 @@ def token_faults(stored: StoredForwards, first: int, last: int, rows: TokenRows)
             yield rows.fault(row, message(row))
 
     offsets = stored.row_offsets[first : last + 1] - stored.row_offsets[first]
-    forward, row = row_keys(stored, first, last)
+    forward, row = row_keys(stored.call_ids[first:last], offsets)
     found = columns["forward_id"]
     yield from at(found != forward, lambda i: f"forward_id is {found[i]} where forwards has rows of {forward[i]}")
     yield from at(columns["row"] != row, lambda i: f"row is {columns['row'][i]} and must be {row[i]}")
@@ -106,12 +106,11 @@ def token_faults(stored: StoredForwards, first: int, last: int, rows: TokenRows)
             yield rows.fault(twice, f"position {position[twice]} stands twice in one forward, request and branch")
 
 
-def row_keys(stored: StoredForwards, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """forward_id and row, uint32, of the token rows of calls ``first`` to ``last - 1``."""
-    offsets = stored.row_offsets[first : last + 1] - stored.row_offsets[first]
+def row_keys(forward_id: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """forward_id and row, uint32, of the token rows of calls whose rows ``offsets`` bound, int64 [F + 1]."""
     rows = np.diff(offsets)
     row = np.arange(offsets[-1]) - np.repeat(offsets[:-1], rows)
-    return np.repeat(stored.call_ids[first:last], rows), row.astype(np.uint32)
+    return np.repeat(forward_id, rows), row.astype(np.uint32)
 
 
 def branch_starts(stored: StoredForwards, first: int, last: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from tracer.files.commit import Committer
 from tracer.files.folder import take_folder
 from tracer.files.incoming import CallRules
 from tracer.interrupts import undisturbed
-from tracer.meta import as_document, parse_meta, write_meta
+from tracer.meta import as_document, parse_meta, under_way, write_meta
 from tracer.schema import SCHEMA_VERSION, tables_of
 from tracer.trace import CallRouting, TraceMeta
 
@@ -97,11 +97,9 @@ class TraceWriter:
                 **meta,
                 "schema_version": SCHEMA_VERSION,
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "complete": False,
             }
         )
-        document.pop("segments", None)
-        document.pop("checksum", None)
+        document = under_way(document)
         self.meta: TraceMeta = parse_meta(document)
         if "loads" in self.meta.tables:
             raise UserError("a trace of counts has no calls: write it with write_loads.")
@@ -127,6 +125,7 @@ class TraceWriter:
                 self._open = True
         except BaseException as error:
             # an interrupt that was held back until here too: nobody will close this writer
+            self._open = False
             if hasattr(self, "_place"):
                 self._place.give_up()
             if isinstance(error, OSError):
