@@ -248,7 +248,7 @@ def replay(
     from analysis.destinations import destination
     from analysis.tables import show
     from analysis.terminal import every_kind, run_table
-    from simulator.replay import replay as run_replay
+    from simulator.replaying import replay as run_replay
     from simulator.residency.static import fitted
     from tracer.parquet import open_trace
 
@@ -298,7 +298,7 @@ def demo(
     from analysis.report import write_report
     from analysis.tables import show
     from analysis.terminal import run_table
-    from simulator.replay import replay as run_replay
+    from simulator.replaying import replay as run_replay
     from tracer.capture import run_capture
     from tracer.capture_plan import DEMO_OPTIONS, demo_prompts, plan_capture
     from tracer.parquet import open_trace
@@ -485,7 +485,7 @@ def sweep(
     from analysis.tables import show
     from analysis.terminal import ALL_KINDS, SWEEP_COLUMNS, SWEEP_ORDER, frame_table
     from simulator.pareto import pareto
-    from simulator.sweep import sweep as run_sweep
+    from simulator.sweeping import sweep as run_sweep
     from tracer.parquet import open_trace
 
     destination(out, "results", force)

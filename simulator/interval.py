@@ -26,11 +26,11 @@ import numpy as np
 
 from simulator.break_even import expert_seconds
 from simulator.cost import CostModel
+from simulator.experiment import make_experiments
 from simulator.interval_cells import IntervalCells
-from simulator.plan import make_plan
 from simulator.policy import Geometry
 from simulator.residency.tide import Tide
-from simulator.streams.recorded import serve_recorded
+from simulator.walk import Walk
 from tracer.errors import UserError
 from tracer.schema import DENOISE
 
@@ -115,8 +115,8 @@ def find_interval(
     UserError
         A budget or interval out of range, a trace without blocks beyond the first, or one that does not say its model's sizes.
     """
-    plan = make_plan(trace, ["vanilla"], [Tide(budget=budget)], hardware)
-    geometry, machine = plan.geometry, plan.machines[0]
+    geometry, (experiment,) = make_experiments(trace, ["vanilla"], [Tide(budget=budget)], hardware)
+    machine = experiment.machine
     if not 1 <= budget <= geometry.num_experts:
         raise UserError(f"budget={budget} is out of range; give 1 to {geometry.num_experts} experts per layer.")
     if machine.cost is None:
@@ -125,13 +125,9 @@ def find_interval(
     wanted = tuple(range(1, max(2, steps))) if intervals is None else tuple(int(one) for one in intervals)
     if not wanted or min(wanted) < 1 or len(set(wanted)) < len(wanted):
         raise UserError(f"intervals={list(wanted)} are no refresh intervals; give distinct numbers of 1 or more.")
-    cells = IntervalCells(geometry, machine.cost, budget, copy_back, wanted)
-    calls, done = getattr(trace, "num_forwards", None), 0
-    for forwards, layers in serve_recorded(trace, cells.begin, weights=False):
-        cells.end(forwards, layers)
-        done += forwards.num_forwards
-        if progress is not None:
-            progress(done, None if calls is None else int(calls))
+    walk = Walk(trace, geometry, weights=False)
+    cells = walk.watch(IntervalCells(geometry, machine.cost, budget, copy_back, wanted))
+    walk.run(progress)
     notes = (CAVEAT, *getattr(trace, "notes", ()), *((machine.note,) if machine.note else ()))
     return _solve(cells, geometry, machine.cost, hardware, steps, notes)
 

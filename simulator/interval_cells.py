@@ -5,22 +5,26 @@ Source: arXiv 2605.20179 (TIDE); see ``interval.py`` for what is measured and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from simulator.caching.tide_grid import rank_cells
 from simulator.cost import CostModel
 from simulator.policy import ExpertStream, Geometry, Placement
 from simulator.residency.tide import Tide
-from simulator.tide_grid import rank_cells
+from simulator.streams.routed import RoutedLayer, View
+from simulator.walk import Watcher
 from tracer.jit import njit
 from tracer.schema import DENOISE
 from tracer.trace import ForwardTable
 
 
-class IntervalCells:
+class IntervalCells(Watcher):
     """Sums over a trace, brought on segment by segment. L layers, I intervals; the first of the replays is that at 1."""
+
+    # Seconds are added up in the order of entries.
+    ordered = True
 
     def __init__(
         self, geometry: Geometry, cost: CostModel, budget: int, copy_back: bool, intervals: tuple[int, ...]
@@ -41,21 +45,19 @@ class IntervalCells:
         self.missed_tokens = [np.zeros(0, np.int64) for _ in range(layers)]
         self.seconds: list[list[float]] = [[] for _ in intervals]
 
-    def begin(self, forwards: ForwardTable) -> Callable[[int, ExpertStream], np.ndarray]:
-        """What serves a layer of a segment; it gives the layer's seconds, float64 [I, F]."""
-        measured = measured_calls(forwards, self.geometry.first_block)
-        before = step_before(forwards, measured)
+    def begin(self, view: View) -> None:
+        """A segment starts."""
+        self._forwards = view.trajectory.forwards
+        self._measured = measured_calls(self._forwards, self.geometry.first_block)
+        self._before = step_before(self._forwards, self._measured)
+        # Seconds of a layer, float64 [L, I, F].
+        self._layers = np.zeros((len(self.geometry.layers), len(self.intervals), self._forwards.num_forwards))
 
-        def serve(at: int, stream: ExpertStream) -> np.ndarray:
-            return self._serve(at, stream, forwards, measured, before)
-
-        return serve
-
-    def end(self, forwards: ForwardTable, layers: list[np.ndarray]) -> None:
+    def end(self) -> None:
         """Add up a segment's calls: everything but experts, and the layers one after the other."""
-        dense = self.cost.dense_seconds(forwards)
-        for i, seconds in enumerate(np.stack(layers, axis=-1)):
-            self.seconds[i] += (dense + seconds.sum(axis=1)).tolist()
+        dense = self.cost.dense_seconds(self._forwards)
+        for i in range(len(self.intervals)):
+            self.seconds[i] += (dense + np.ascontiguousarray(self._layers[:, i].T).sum(axis=1)).tolist()
 
     def move_seconds(self, expert_bytes: int) -> float:
         """C_io: what moving one expert in takes, and with ``copy_back`` one out."""
@@ -65,9 +67,9 @@ class IntervalCells:
         placement = Placement(nothing > 0, nothing > 0, one, one, back, one)
         return float(self.cost.cell_seconds(stream, placement, np.array([expert_bytes], np.int64))[0, :2].sum())
 
-    def _serve(
-        self, at: int, stream: ExpertStream, forwards: ForwardTable, measured: np.ndarray, before: np.ndarray
-    ) -> np.ndarray:
+    def layer(self, at: int, routed: RoutedLayer) -> None:
+        """Replay a layer at every interval."""
+        stream, forwards, measured = routed.stream, self._forwards, self._measured
         sizes = np.diff(stream.offsets)
         of_cell = measured[stream.cell_forward]
         of_entry = np.repeat(of_cell, sizes)
@@ -75,9 +77,9 @@ class IntervalCells:
         self.lookups[at] += len(stream.experts)
         self.measured[at] += int(of_cell.sum())
         self.surplus[at] += int((sizes[of_cell] < self.budget).sum())
-        self._drift(at, stream, before)
+        self._drift(at, stream, self._before)
         expert_bytes = np.full(len(sizes), self.geometry.expert_bytes[self.geometry.layers[at]], np.int64)
-        seconds = np.zeros((len(self.intervals), forwards.num_forwards))
+        seconds = self._layers[at]
         times_missed = np.zeros(len(stream.experts), np.int64)
         for n, policy in enumerate(self.policies):
             placement, self.states[at][n] = policy.place(stream, forwards, self.geometry, self.states[at][n])
@@ -92,7 +94,6 @@ class IntervalCells:
             of_parts = self.cost.cell_seconds(stream, placement, expert_bytes)
             seconds[n - 1, stream.cell_forward] = self.cost.layer_seconds(of_parts)
         self._count_missed(at, stream.tokens, times_missed)
-        return seconds
 
     def _drift(self, at: int, stream: ExpertStream, before: np.ndarray) -> None:
         """Count the wanted experts of measured cells that the step before did not want, where there is one."""

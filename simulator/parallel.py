@@ -6,36 +6,26 @@ of those that any token uses; the layer waits for the slowest. Which GPU that is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulator.experiment import Experiment, make_experiments
 from simulator.expert_placement import PLACEMENTS, place_experts
-from simulator.plan import make_plan
 from simulator.policy import ExpertStream, Geometry
 from simulator.registry import describe
 from simulator.runs import trusted
-from simulator.streams.gather import geometry_of
 from simulator.streams.loads import add_loads
-from simulator.streams.routed import Router
-from tracer.errors import UserError
+from simulator.streams.routed import RoutedLayer, View
+from simulator.walk import Walk, Watcher
 from tracer.jit import njit
 from tracer.schema import KINDS
 
 if TYPE_CHECKING:
     import polars as pl
-
-
-class RoutedStream(NamedTuple):
-    """What a segment asks for, in one layer or, with a stream over all of them, in several. F forwards."""
-
-    forward_ids: np.ndarray  # uint32 [F]
-    kinds: np.ndarray  # uint8 [F], codes of schema.KINDS
-    stream: ExpertStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,32 +45,6 @@ class ParallelLoad:
     gpu_of_expert: np.ndarray  # int64 [L, E]
 
 
-def routed_streams(trace: Any, routing: Any = "vanilla") -> Iterator[RoutedStream]:
-    """What each segment and layer of a trace asks for under a routing policy, one layer at a time.
-
-    Parameters
-    ----------
-    trace
-        An opened trace.
-    routing
-        A spec or a policy object.
-
-    Raises
-    ------
-    UserError
-        A spec that does not load, or a policy that needs what the trace does not hold.
-    """
-    # Loads are counted, whatever the order, and all_resident asks for none.
-    plan = make_plan(trace, [routing], ["all_resident"], None)
-    router = Router(plan)
-    for segment in trace.segments():
-        routed = router.begin(segment)
-        view = routed.views[0]
-        for at in range(len(plan.geometry.layers)):
-            for layer in router.layers(routed, at):
-                yield RoutedStream(view.forward_ids, view.trajectory.forwards.forward_kind, layer.stream)
-
-
 @njit
 def _gpu_loads(offsets, cell_layer, experts, tokens, gpu_of_expert, gpu_tokens, gpu_experts):
     """Tokens and distinct experts of every cell on every GPU, int64 [C, G] each, both 0 before."""
@@ -93,44 +57,29 @@ def _gpu_loads(offsets, cell_layer, experts, tokens, gpu_of_expert, gpu_tokens, 
 
 
 def expert_parallel(
-    source: Any,
-    gpus: int,
-    placement: str = "contiguous",
-    routing: Any = "vanilla",
-    geometry: Geometry | None = None,
+    trace: Any, gpus: int, placement: str = "contiguous", routing: Any = "vanilla", threads: int | None = None
 ) -> ParallelLoad:
     """The load of a group of GPUs that share every layer's experts.
 
     Parameters
     ----------
-    source
-        An opened trace, or :class:`RoutedStream` after RoutedStream; "balanced" goes through them twice.
+    trace
+        An opened trace; "balanced" goes through it twice.
     gpus : int
         G, 1 to E.
     placement : str
         One of :data:`PLACEMENTS`.
     routing
-        With a trace: the routing policy, a spec or an object.
-    geometry : Geometry, optional
-        With streams: theirs.
+        The routing policy, a spec or an object.
+    threads : int, optional
+        As of :func:`simulator.replay`.
 
     Raises
     ------
     UserError
-        Unknown placement or routing, G out of range, streams without a geometry or that cannot be read twice.
+        Unknown placement or routing, or G out of range.
     """
-    is_trace = hasattr(source, "segments")
-    if is_trace:
-        geometry = geometry_of(source)
-    elif geometry is None:
-        raise UserError("expert_parallel needs the geometry its streams belong to; give geometry.")
-    elif placement == "balanced" and iter(source) is source:
-        raise UserError("The placement balanced reads the streams twice; give them as a list.")
-
-    def streams() -> Iterable[RoutedStream]:
-        return routed_streams(source, routing) if is_trace else source
-
-    return _groups(streams, geometry, [(gpus, placement)])[0]
+    return _watched(trace, [routing], [(gpus, placement)], None, threads)[0][1].result()
 
 
 def parallel_runs(
@@ -138,11 +87,12 @@ def parallel_runs(
     routings: Sequence[Any] = ("vanilla",),
     gpus: Sequence[int] = (8,),
     placements: Sequence[str] = PLACEMENTS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+    threads: int | None = None,
 ) -> list[dict[str, Any]]:
     """The loads of every routing policy x number of GPUs x placement, routing outermost.
 
-    A trace is read once a policy, twice where a placement is balanced.
+    A trace is read once, twice where a placement is balanced.
 
     Parameters
     ----------
@@ -154,8 +104,8 @@ def parallel_runs(
         Sizes of groups.
     placements : sequence of str
         Of :data:`PLACEMENTS`.
-    progress : callable, optional
-        ``progress(done, total)`` after every routing policy.
+    progress, threads
+        As of :func:`simulator.replay`.
 
     Returns
     -------
@@ -167,66 +117,79 @@ def parallel_runs(
     UserError
         As :func:`expert_parallel`.
     """
-    geometry, found = geometry_of(trace), []
-    groups = list(product(gpus, placements))
-    for size, placement in groups:
-        place_experts(geometry.num_experts, size, placement)
-    plan = make_plan(trace, routings, ["all_resident"], None)
-    for done, policy in enumerate(plan.routings, 1):
-        simulated = describe(plan.acceptances[plan.acceptance_of[done - 1]])["name"] != "recorded"
-        estimate, trust = trusted(policy, geometry, simulated)
-        told = {"estimate": estimate, "notes": [trust, *getattr(trace, "notes", ()), *getattr(policy, "notes", ())]}
-        for load in _groups(partial(routed_streams, trace, policy), geometry, groups):
-            found.append({"routing": describe(policy), **load.summary, **told})
-        if progress is not None:
-            progress(done, len(plan.routings))
-    return found
+    groups, answers = list(product(gpus, placements)), []
+    for one, watcher in _watched(trace, routings, groups, progress, threads):
+        simulated = describe(one.acceptance)["name"] != "recorded"
+        estimate, trust = trusted(one.routing, watcher.geometry, simulated)
+        notes = [trust, *getattr(trace, "notes", ()), *getattr(one.routing, "notes", ())]
+        load = watcher.result()
+        answers.append({"routing": describe(one.routing), **load.summary, "estimate": estimate, "notes": notes})
+    return answers
 
 
-def _groups(
-    streams: Callable[[], Iterable[RoutedStream]], geometry: Geometry, groups: Sequence[tuple[int, str]]
-) -> list[ParallelLoad]:
-    """Several groups of GPUs over the same streams; those are gone through twice where any placement is balanced."""
-    import polars as pl
+def _watched(
+    trace: Any,
+    routings: Sequence[Any],
+    groups: Sequence[tuple[int, str]],
+    progress: Callable[[int, int | None], None] | None,
+    threads: int | None,
+) -> list[tuple[Experiment, GroupLoads]]:
+    """What watched a walk for every routing policy x group."""
+    geometry, experiments = make_experiments(trace, routings, ["all_resident"])
+    walk = Walk(trace, geometry, threads)
+    watched = [
+        (one, walk.watch(GroupLoads(geometry, *group), (one.acceptance, one.routing)))
+        for one, group in product(experiments, groups)
+    ]
+    walk.run(progress)
+    return watched
 
-    layers, experts = len(geometry.layers), geometry.num_experts
-    # Refuse before reading anything.
-    for gpus, placement in groups:
-        place_experts(experts, gpus, placement)
-    loads = np.zeros((layers, experts), np.int64)
-    if any(placement == "balanced" for _, placement in groups):
-        for _, _, stream in streams():
+
+class GroupLoads(Watcher):
+    """The load of one group of GPUs, cell by cell.
+
+    Raises
+    ------
+    UserError
+        Unknown placement, or G out of range.
+    """
+
+    def __init__(self, geometry: Geometry, gpus: int, placement: str) -> None:
+        self.geometry, self.gpus, self.placement = geometry, gpus, placement
+        every = place_experts(geometry.num_experts, gpus, placement)
+        self.gpu_of_expert = np.tile(every, (len(geometry.layers), 1))
+        self.passes = 2 if placement == "balanced" else 1
+        self._cells: list[pl.DataFrame] = []
+
+    def scopes(self, layers: int, slots: int) -> Sequence[int | None]:
+        """Layers are balanced one by one."""
+        return range(layers) if self.passes == 2 else ()
+
+    def prepare(self, at: int | None, streams: Iterable[ExpertStream]) -> None:
+        """Place a layer's experts by their load."""
+        loads = np.zeros((len(self.geometry.layers), self.geometry.num_experts), np.int64)
+        for stream in streams:
             add_loads(stream, loads)
-    lying = [np.stack([place_experts(experts, *group, loads[at]) for at in range(layers)]) for group in groups]
-    cells: list[list[pl.DataFrame]] = [[] for _ in groups]
-    for routed in streams():
-        for (gpus, _), gpu_of_expert, kept in zip(groups, lying, cells, strict=True):
-            kept.append(_cells(routed, geometry, gpu_of_expert, gpus))
-    found = []
-    for (gpus, placement), gpu_of_expert, kept in zip(groups, lying, cells, strict=True):
-        frame = (pl.concat(kept) if kept else _frame({}, gpus)).sort("forward_id", "layer", maintain_order=True)
-        summary: dict[str, Any] = {"gpus": gpus, "placement": placement}
-        summary |= _summary(frame.filter(pl.col("kind") == "denoise"), "")
-        summary |= _summary(frame, "_all_forwards")
-        found.append(ParallelLoad(frame, summary, gpu_of_expert))
-    return found
+        self.gpu_of_expert[at] = place_experts(self.geometry.num_experts, self.gpus, self.placement, loads[at])
 
+    def begin(self, view: View) -> None:
+        """A segment starts."""
+        self._view = view
 
-def _cells(routed: RoutedStream, geometry: Geometry, gpu_of_expert: np.ndarray, gpus: int) -> pl.DataFrame:
-    stream = routed.stream
-    tokens = np.zeros((len(stream.cell_forward), gpus), np.int64)
-    unique = np.zeros_like(tokens)
-    _gpu_loads(stream.offsets, stream.cell_layer, stream.experts, stream.tokens, gpu_of_expert, tokens, unique)
-    used = tokens.any(axis=1)
-    tokens, unique = tokens[used], unique[used]
-    forward, layer = stream.cell_forward[used], stream.cell_layer[used]
-    size = np.array([geometry.expert_bytes[one] for one in geometry.layers], np.int64)[layer]
-    read = unique * size[:, None]
-    return _frame(
-        {
-            "forward_id": routed.forward_ids[forward],
-            "kind": np.array(KINDS)[routed.kinds[forward]],
-            "layer": np.array(geometry.layers)[layer],
+    def layer(self, at: int, routed: RoutedLayer) -> None:
+        """Add a layer's cells."""
+        stream, forwards = routed.stream, self._view.trajectory.forwards
+        tokens = np.zeros((len(stream.cell_forward), self.gpus), np.int64)
+        unique = np.zeros_like(tokens)
+        _gpu_loads(stream.offsets, stream.cell_layer, stream.experts, stream.tokens, self.gpu_of_expert, tokens, unique)
+        used = tokens.any(axis=1)
+        tokens, unique, forward = tokens[used], unique[used], stream.cell_forward[used]
+        number = self.geometry.layers[at]
+        read = unique * self.geometry.expert_bytes[number]
+        columns = {
+            "forward_id": self._view.forward_ids[forward],
+            "kind": np.array(KINDS)[forwards.forward_kind[forward]],
+            "layer": np.full(len(forward), number),
             "assignments": tokens.sum(axis=1),
             "mean_tokens": tokens.mean(axis=1),
             "max_tokens": tokens.max(axis=1),
@@ -235,9 +198,18 @@ def _cells(routed: RoutedStream, geometry: Geometry, gpu_of_expert: np.ndarray, 
             "max_bytes": read.max(axis=1),
             "gpu_tokens": tokens,
             "gpu_bytes": read,
-        },
-        gpus,
-    )
+        }
+        self._cells.append(_frame(columns, self.gpus))
+
+    def result(self) -> ParallelLoad:
+        """Everything served so far."""
+        import polars as pl
+
+        frame = pl.concat([_frame({}, self.gpus), *self._cells]).sort("forward_id", "layer")
+        summary: dict[str, Any] = {"gpus": self.gpus, "placement": self.placement}
+        summary |= _summary(frame.filter(pl.col("kind") == "denoise"), "")
+        summary |= _summary(frame, "_all_forwards")
+        return ParallelLoad(frame, summary, self.gpu_of_expert)
 
 
 def _frame(columns: dict[str, np.ndarray], gpus: int) -> pl.DataFrame:

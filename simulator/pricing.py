@@ -7,6 +7,7 @@ import math
 from simulator.budget import GIB
 from simulator.cost import CostModel
 from simulator.presets import MEASURED, PARTS, VALUES, Hardware, load_hardware, part_names
+from simulator.spec import parse
 from tracer.errors import UserError
 from tracer.trace import ModelInfo
 
@@ -102,7 +103,7 @@ def priced_on(spec: str, model: ModelInfo) -> tuple[CostModel | None, str]:
     UserError
         A spec that does not load.
     """
-    name, options = split_spec(spec)
+    name, options = hardware_options(spec)
     overlap = options.pop("overlap", "false")
     if overlap not in ("true", "false"):
         raise UserError(f"overlap={overlap} is neither true nor false; give one of them.")
@@ -116,30 +117,9 @@ def priced_on(spec: str, model: ModelInfo) -> tuple[CostModel | None, str]:
     return cost_model(load_hardware(name, options), model, overlap == "true", host_gib)
 
 
-def split_spec(spec: str) -> tuple[str, dict[str, str]]:
-    """A hardware spec's name or path, and its options as texts.
-
-    Raises
-    ------
-    UserError
-        An option that is unknown, given twice, or has no value.
-    """
-    # A path may hold colons of its own; a file's options come after its ending.
-    stem, ending, rest = spec.partition(".toml:")
-    name = stem + ending.rstrip(":")
-    if not ending and not spec.endswith(".toml"):
-        name, _, rest = spec.partition(":")
-    options: dict[str, str] = {}
-    for item in rest.split(",") if rest else ():
-        key, _, value = (text.strip() for text in item.partition("="))
-        if key not in OPTIONS or not value:
-            raise UserError(
-                f"Hardware {name} has no option {item.strip()!r}; it takes {', '.join(OPTIONS)}, each as key=value."
-            )
-        if key in options:
-            raise UserError(f"Hardware {name} is given {key} twice; give it once.")
-        options[key] = value
-    return name, options
+def hardware_options(spec: str) -> tuple[str, dict[str, str]]:
+    """A hardware spec's name or path, and its options as texts; a UserError for an option that is none."""
+    return parse(spec, "hardware", OPTIONS)
 
 
 def _note(cost: CostModel, host_gib: float | None) -> str:

@@ -1,7 +1,7 @@
 """Policies by name: the file name in ``simulator/{routing,residency,acceptance}`` is the policy's name.
 
-A spec is ``name`` or ``name:key=value,key=value``; instead of a name, a path to a ``.py`` file or a dotted module loads the
-user's own policy. Parameters are the fields of the policy's dataclass.
+Specs are those of ``spec.py``; instead of a name, a path to a ``.py`` file or a dotted module loads the user's own policy.
+Parameters are the fields of the policy's dataclass.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from simulator.spec import parse, split, unknown, write
 from tracer.errors import UserError
 
 AXES = {"routing": "select", "residency": "place", "acceptance": "unroll"}
@@ -35,9 +36,11 @@ class PolicyInfo:
     source: str
 
 
+@cache
 def policy_names(axis: str) -> list[str]:
     """Names of the policies that come with the package, sorted; imports none of them."""
-    return list(_own_names(axis))
+    folder = Path(__file__).parent / axis
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
 
 
 def list_policies(axis: str) -> list[PolicyInfo]:
@@ -72,41 +75,22 @@ def load_policy(axis: str, spec: str) -> Any:
     axis : str
         "routing", "residency" or "acceptance".
     spec : str
-        ``name``, ``name:key=value,key=value``, and likewise with a path to a .py file or a dotted module for the name.
+        See :mod:`simulator.spec`; the name may be a path to a .py file or a dotted module.
 
     Raises
     ------
     UserError
         Unknown policy or parameter, or a value of the wrong type.
     """
-    name, colon, rest = spec.partition(":")
-    policy = _policy_class(_module(axis, name.strip()), axis, name.strip())
-    fields = {f.name for f in dataclasses.fields(policy)}
+    name = split(spec)[0]
+    policy = _policy_class(_module(axis, name), axis, name)
     hints = _hints(policy)
-    given: dict[str, Any] = {}
-    for item in rest.split(",") if colon else ():
-        key, equals, text = (part.strip() for part in item.partition("="))
-        if not item.strip():
-            where = "is followed by a colon and nothing" if not rest.strip() else "is given an empty parameter"
-            raise UserError(f"{axis} policy {name} {where}; write {name} or {name}:key=value,key=value.")
-        if key not in fields:
-            has = (
-                f"its parameters are {', '.join(sorted(fields))}, each given as key=value"
-                if fields
-                else "it takes none"
-            )
-            raise UserError(f"{axis} policy {name} has no parameter {item.strip()!r}; {has}.")
-        if not equals:
-            raise UserError(
-                f"{axis} policy {name} needs a value for {key}; write {key}=VALUE, as parameters are each given as key=value."
-            )
-        if key in given:
-            raise UserError(f"{axis} policy {name} is given {key} twice; give it once.")
-        given[key] = _value(f"{name}:{key}", text, hints[key])
-    missing = [f.name for f in dataclasses.fields(policy) if f.name not in given and _required(f)]
+    given = parse(spec, f"{axis} policy", [f.name for f in dataclasses.fields(policy)])[1]
+    values = {key: _value(f"{name}:{key}", text, hints[key]) for key, text in given.items()}
+    missing = [f.name for f in dataclasses.fields(policy) if f.name not in values and _required(f)]
     if missing:
         raise UserError(f"{axis} policy {name} needs a value for {', '.join(missing)}; add {missing[0]}=VALUE.")
-    return policy(**given)
+    return policy(**values)
 
 
 def describe(policy: Any) -> dict[str, Any]:
@@ -116,10 +100,10 @@ def describe(policy: Any) -> dict[str, Any]:
     return {"name": name, "parameters": {k: v for k, v in parameters.items() if v is not None}}
 
 
-@cache
-def _own_names(axis: str) -> tuple[str, ...]:
-    folder = Path(__file__).parent / axis
-    return tuple(sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")))
+def spec_of(policy: Any, name: str | None = None) -> str:
+    """The spec of a policy object, all parameters written out but those that are None; ``name`` where it is not its own."""
+    told = describe(policy)
+    return write(name or told["name"], told["parameters"])
 
 
 @lru_cache(maxsize=256)
@@ -179,10 +163,7 @@ def _module(axis: str, name: str) -> types.ModuleType:
             return importlib.import_module(name)
         except ImportError as error:
             raise UserError(f"The policy module {name} cannot be imported: {error}.") from error
-    raise UserError(
-        f"There is no {axis} policy {name!r}; there are {', '.join(policy_names(axis)) or 'none'}, "
-        "or give a path to a .py file or a dotted module."
-    )
+    raise unknown(f"{axis} policy", name, policy_names(axis), ", or give a path to a .py file or a dotted module")
 
 
 def _policy_class(module: types.ModuleType, axis: str, name: str) -> type:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simulator.budget import Budgeted
 from simulator.cost import CostModel
-from simulator.plan import Plan
+from simulator.experiment import Branch, Experiment
 from simulator.policy import Geometry
 from simulator.registry import describe
 from simulator.result import Run
@@ -29,53 +29,51 @@ INTERVAL = "The interval unique_experts_ci95 (in the JSON and the files) is a no
 
 
 def make_runs(
-    plan: Plan,
-    simulated: list[bool],
-    trajectory_notes: list[list[str]],
-    routed: list[RoutingTally],
-    placed: Mapping[tuple[int, int], PlacementTally],
+    geometry: Geometry,
+    experiments: Sequence[Experiment],
+    ran: Mapping[Any, tuple[bool, list[str]]],
+    routed: Mapping[Branch, RoutingTally],
+    placed: Mapping[tuple[Any, ...], PlacementTally],
 ) -> list[Run]:
-    """The runs of a product, routing outermost, then residency, then hardware.
+    """The runs of experiments, in their order; the first is what the others' speed-up is against.
 
     Parameters
     ----------
-    plan : Plan
-        The policies.
-    simulated, trajectory_notes : list
+    geometry, experiments
+        What was replayed.
+    ran : mapping
         Of each acceptance policy: whether any forward was not a recorded one, and what its trajectories say.
-    routed : list of RoutingTally
-        Of each routing policy.
+    routed : mapping
+        (acceptance, routing) to its tally.
     placed : mapping
-        (routing, residency) to its tally.
+        (acceptance, routing, residency) to its tally.
     """
     runs: list[Run] = []
-    summaries = [tally.summary() for tally in routed]
-    # Costs by machine, those without one left out.
-    priced = [machine.cost is not None for machine in plan.machines]
-    for r, p, m in plan.runs:
-        a, routing, residency, machine = plan.acceptance_of[r], plan.routings[r], plan.residencies[p], plan.machines[m]
-        tally, of_routing = placed[r, p], summaries[r]
-        estimate, trust = trusted(routing, plan.geometry, simulated[a])
-        notes = [trust, *trajectory_notes[a]]
-        for policy in (routing, residency):
+    summaries = {branch: tally.result() for branch, tally in routed.items()}
+    for number, one in enumerate(experiments):
+        branch = one.acceptance, one.routing
+        simulated, trajectory_notes = ran[one.acceptance]
+        tally, of_routing = placed[(*branch, one.residency)], summaries[branch]
+        estimate, trust = trusted(one.routing, geometry, simulated)
+        notes = [trust, *trajectory_notes]
+        for policy in (one.routing, one.residency):
             notes += getattr(policy, "notes", ())
-        notes += budget_notes(residency, plan.geometry, tally.resident_bytes)
+        notes += budget_notes(one.residency, geometry, tally.resident_bytes)
         notes += [INTERVAL] if of_routing["unique_experts_ci95"] else []
-        notes += [machine.note] if machine.note else []
-        notes += memory_notes(machine.cost, tally.resident_bytes) if machine.cost is not None else []
-        latency = tally.latency(
-            sum(priced[:m]) if priced[m] else None, int(routed[r].accepted.sum()) if routed[r].accepted_known else 0
-        )
+        notes += [one.machine.note] if one.machine.note else []
+        notes += memory_notes(one.machine.cost, tally.resident_bytes) if one.machine.cost is not None else []
+        accepted = int(routed[branch].accepted.sum()) if routed[branch].accepted_known else 0
+        latency = tally.latency(one.machine.cost, accepted)
         runs.append(
             Run(
-                run=len(runs),
-                acceptance=describe(plan.acceptances[a]),
-                routing=describe(routing),
-                residency=describe(residency),
-                hardware=machine.spec,
+                run=number,
+                acceptance=describe(one.acceptance),
+                routing=describe(one.routing),
+                residency=describe(one.residency),
+                hardware=one.machine.spec,
                 summary={**of_routing, **tally.summary(of_routing["assignments"]), **latency},
                 estimate=estimate,
-                bounds=routed[r].bounds(),
+                bounds=routed[branch].bounds(),
                 notes=notes,
             )
         )

@@ -58,17 +58,6 @@ def trace_identity(trace: Trace) -> str:
     return digest.hexdigest()[:16]
 
 
-def spec_of(policy: Any, name: str | None = None) -> str:
-    """The spec of a policy object, all parameters written out but those that are None; ``name`` where it is not its own."""
-    told = describe(policy)
-    parameters = ",".join(f"{key}={_text(value)}" for key, value in told["parameters"].items())
-    return f"{name or told['name']}{':' if parameters else ''}{parameters}"
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def fingerprint(identity: str, policies: Sequence[Any], hardware: str | None, trace: Trace) -> str:
     """A hash of everything a run's figures follow from: trace, policies, machine, and this package's sources.
 
@@ -173,7 +162,9 @@ def _series(name: str, values: list[Any]) -> pl.Series:
         return pl.Series(name, values, pl.Float64)
     if kinds == {bool}:
         return pl.Series(name, values, pl.Boolean)
-    return pl.Series(name, [None if value is None else _text(value) for value in values], pl.String)
+    texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+    known = [None if value is None else text for value, text in zip(values, texts, strict=True)]
+    return pl.Series(name, known, pl.String)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from simulator.lru_curve import lru_curve
-from simulator.replay import replay
-from simulator.sweep import sweep
+from simulator.replaying import replay
+from simulator.sweeping import sweep
 from simulator.tallies.counting import unique_experts
 from tests.tracer.test_import_bigmoe import MEBIBYTES, PUBLISHED, caches, recorded
 from tracer.parquet import open_trace
@@ -45,7 +45,7 @@ RESIDENCIES = (
 PEAK = """
 import json, re, sys
 from pathlib import Path
-from simulator.replay import replay
+from simulator.replaying import replay
 from tracer.parquet import open_trace
 trace = open_trace(sys.argv[1])
 residencies = ["lru:budget=64", "lru:scope=global,budget=64", "tide:budget=64,refresh_interval=4", "static:budget=64"]
@@ -82,7 +82,7 @@ started = time.process_time()
 from analysis.metrics.analyse import consistency
 from simulator.lru_curve import lru_curve
 from simulator.registry import policy_names
-from simulator.replay import replay
+from simulator.replaying import replay
 from simulator.tide_grid import tide_grid
 from tracer.parquet import open_trace
 trace = open_trace(sys.argv[1])

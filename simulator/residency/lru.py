@@ -14,6 +14,7 @@ import numpy as np
 
 from simulator.caching.demand import DemandCache
 from simulator.policy import ExpertStream, Geometry, Placement
+from simulator.walk import Watcher
 from tracer.jit import njit
 from tracer.trace import ForwardTable
 
@@ -32,6 +33,12 @@ class Lru(DemandCache):
     """Load on demand, evict the least recently used."""
 
     passes: ClassVar[int] = 1
+
+    def many(self) -> type[Watcher] | None:
+        """What serves many budgets in one pass, where each layer has a cache of its own."""
+        from simulator.caching.lru_curve import LruCurve
+
+        return LruCurve if self.scope == "layer" else None
 
     def start(self, geometry: Geometry, layer: int | None) -> tuple[Recency, np.ndarray, np.ndarray]:
         """Empty caches, their capacities in experts (scope "layer") or bytes, and the sizes of experts likewise."""

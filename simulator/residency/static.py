@@ -19,6 +19,7 @@ import numpy as np
 from simulator.budget import Budgeted
 from simulator.caching.placement import fixed
 from simulator.policy import ExpertStream, Geometry, Placement
+from simulator.spec import split
 from simulator.streams.loads import add_loads, loaded_geometry
 from tracer.errors import UserError
 from tracer.trace import ForwardTable
@@ -113,12 +114,13 @@ def fitted(specs: Sequence[str], trace: str | Path) -> list[str]:
     UserError
         None of them is static's.
     """
-    own = [spec.partition(":")[0] == "static" for spec in specs]
-    if not any(own):
+    mine = [split(spec) if split(spec)[0] == "static" else None for spec in specs]
+    if not any(mine):
         raise UserError("--fit names the trace that static counts popularity on; add --residency static:budget=N.")
+    fit = f"fit_on={trace}"
     return [
-        f"{spec}{',' if ':' in spec else ':'}fit_on={trace}" if mine else spec
-        for spec, mine in zip(specs, own, strict=True)
+        spec if parts is None else f"{parts[0]}:{parts[1]},{fit}" if parts[1] else f"{parts[0]}:{fit}"
+        for spec, parts in zip(specs, mine, strict=True)
     ]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from simulator.budget import Budgeted
 from simulator.caching.refresh import refreshed_placement
 from simulator.policy import ExpertStream, Geometry, Placement
+from simulator.walk import Watcher
 from tracer.errors import UserError
 from tracer.schema import COMMIT, DECODE, PREFILL
 from tracer.trace import ForwardTable
@@ -45,6 +46,12 @@ class Tide(Budgeted):
         super().__post_init__()
         if self.refresh_interval < 1:
             raise UserError(f"refresh_interval={self.refresh_interval} is no interval; give 1 or more steps.")
+
+    def many(self) -> type[Watcher]:
+        """What serves many intervals and budgets in one pass."""
+        from simulator.caching.tide_grid import TideGrid
+
+        return TideGrid
 
     def start(self, geometry: Geometry, layer: int | None) -> tuple[np.ndarray, dict[int, int]]:
         """The first B experts by index, bool [E], and the decode forwards each request has had."""

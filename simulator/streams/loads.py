@@ -9,7 +9,8 @@ import numpy as np
 
 from simulator.policy import ExpertStream, Geometry
 from simulator.streams.gather import geometry_of
-from simulator.streams.recorded import serve_recorded
+from simulator.streams.routed import RoutedLayer
+from simulator.walk import Walk, Watcher
 from tracer.jit import njit
 
 
@@ -31,12 +32,21 @@ def recorded_loads(trace: Any) -> np.ndarray:
     UserError
         A row of the trace lists an expert twice.
     """
-    geometry = geometry_of(trace)
-    loads = np.zeros((len(geometry.layers), geometry.num_experts), np.int64)
-    # Layers go side by side, each to a row of its own.
-    for _ in serve_recorded(trace, lambda _: lambda _, stream: add_loads(stream, loads), weights=False, ordered=False):
-        pass
+    walk = Walk(trace, geometry_of(trace), weights=False)
+    loads: np.ndarray = walk.watch(Loads(walk.geometry)).loads
+    walk.run()
     return loads
+
+
+class Loads(Watcher):
+    """Tokens of every expert; each layer adds to a row of its own."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.loads = np.zeros((len(geometry.layers), geometry.num_experts), np.int64)
+
+    def layer(self, at: int, routed: RoutedLayer) -> None:
+        """Add a layer."""
+        add_loads(routed.stream, self.loads)
 
 
 def loaded_geometry(trace: Any) -> Geometry:

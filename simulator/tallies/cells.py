@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.policy import ExpertStream, Placement, Selection, Trajectory
+from simulator.policy import ExpertStream, Placement, Trajectory
+from simulator.streams.routed import RoutedLayer
 from simulator.streams.stream import block_unique
 from simulator.tallies.counting import unique_experts
 from tracer.jit import njit
-from tracer.trace import LayerTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class RoutedCells:
 
     @classmethod
     def empty(cls, trajectory: Trajectory, layers: int) -> RoutedCells:
-        """Cells to be filled by :func:`fill_routed`."""
+        """Cells to be filled by :meth:`fill`."""
         shape = (trajectory.forwards.num_forwards, layers)
         counts = [np.zeros(shape, np.int64) for _ in range(5)]
         bounded = trajectory.bound_rows is not None
@@ -52,6 +52,58 @@ class RoutedCells:
             lower=counts[3] if bounded else None,
             upper=counts[4] if bounded else None,
         )
+
+    def fill(self, at: int, routed: RoutedLayer, rows_kept: np.ndarray) -> None:
+        """Fill column ``at`` from one layer.
+
+        ``rows_kept`` int64 [256, 2] is added to: of rows with n recorded experts, how many are still selected, and rows.
+        """
+        view, layer, selection, stream = routed.view, routed.layer, routed.selection, routed.stream
+        forwards, num_experts = view.trajectory.forwards, view.geometry.num_experts
+        self.present[:, at] = layer.present
+        self.unique[stream.cell_forward, at] = np.diff(stream.offsets)
+        ends = np.concatenate(([0], np.cumsum(stream.tokens, dtype=np.int64)))
+        self.assignments[stream.cell_forward, at] = np.diff(ends[stream.offsets])
+        if view.block_rows is None:
+            self.in_block[:, at] = self.part_in_block[:, at] = self.unique[:, at]
+        else:
+            self.in_block[:, at], self.part_in_block[:, at] = block_unique(
+                selection, view.block_rows, forwards.part_rows, forwards.part_offsets, num_experts
+            )
+        self._retain(at, routed, rows_kept)
+        if view.trajectory.bound_rows is not None and self.lower is not None and self.upper is not None:
+            lower, upper = view.trajectory.bound_rows
+            used = (selection.expert_ids, selection.count, lower), (layer.expert_ids, layer.count, upper)
+            for column, (ids, count, rows) in zip((self.lower, self.upper), used, strict=True):
+                ids = np.ascontiguousarray(ids)
+                column[:, at] = unique_experts(ids, count, forwards.row_offsets, num_experts, rows)
+
+    def _retain(self, at: int, routed: RoutedLayer, rows_kept: np.ndarray) -> None:
+        layer, selection, trajectory = routed.layer, routed.selection, routed.view.trajectory
+        weights, offsets = layer.gate_weights, trajectory.forwards.row_offsets
+        of_kept, of_all = np.zeros((2, len(offsets) - 1))
+        if selection.expert_ids is layer.expert_ids and selection.count is layer.count:
+            rows = np.bincount(layer.count, minlength=len(rows_kept))
+            rows_kept += np.stack((rows * np.arange(len(rows_kept)), rows), axis=1)
+            if weights is not None:
+                _gate_sums(layer.count, weights.astype(np.float32), offsets, of_all)
+                of_kept = of_all
+        else:
+            _retained(
+                layer.expert_ids,
+                layer.count,
+                np.zeros((0, 0), np.float32) if weights is None else weights.astype(np.float32),
+                selection.expert_ids,
+                selection.count,
+                np.zeros(0, bool) if trajectory.reused is None else trajectory.reused,
+                offsets,
+                np.full(routed.view.geometry.num_experts, -1),
+                of_kept,
+                of_all,
+                rows_kept,
+            )
+        if weights is not None:
+            self.kept[:, at], self.vanilla[:, at] = of_kept, of_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,95 +130,6 @@ class PlacedCells:
         targets = self.gpu_tokens, self.gpu_experts, self.hit_tokens, self.hit_experts, self.promotions, self.demotions
         for target, column in zip(targets, columns, strict=True):
             target[at] = column
-
-
-def fill_routed(
-    cells: RoutedCells,
-    at: int,
-    layer: LayerTrace,
-    selection: Selection,
-    stream: ExpertStream,
-    trajectory: Trajectory,
-    block_rows: np.ndarray | None,
-    num_experts: int,
-    kept: np.ndarray,
-) -> None:
-    """Fill column ``at`` from one layer.
-
-    Parameters
-    ----------
-    cells : RoutedCells
-        Of the segment.
-    at : int
-        Index of the layer in ``Geometry.layers``.
-    layer : LayerTrace
-        Gathered to the trajectory's rows.
-    selection, stream
-        The layer's.
-    trajectory : Trajectory
-        Of the segment.
-    block_rows : np.ndarray, optional
-        bool [R], rows of the current block; None where that is every row.
-    num_experts : int
-        E.
-    kept : np.ndarray
-        int64 [256, 2], added to: of rows with n recorded experts, how many are still selected and how many rows there are.
-    """
-    forwards = trajectory.forwards
-    cells.present[:, at] = layer.present
-    cells.unique[stream.cell_forward, at] = np.diff(stream.offsets)
-    ends = np.concatenate(([0], np.cumsum(stream.tokens, dtype=np.int64)))
-    cells.assignments[stream.cell_forward, at] = np.diff(ends[stream.offsets])
-    if block_rows is None:
-        cells.in_block[:, at] = cells.part_in_block[:, at] = cells.unique[:, at]
-    else:
-        cells.in_block[:, at], cells.part_in_block[:, at] = block_unique(
-            selection, block_rows, forwards.part_rows, forwards.part_offsets, num_experts
-        )
-    _retain(cells, at, layer, selection, trajectory, num_experts, kept)
-    if trajectory.bound_rows is not None and cells.lower is not None and cells.upper is not None:
-        lower, upper = trajectory.bound_rows
-        used = (selection.expert_ids, selection.count, lower), (layer.expert_ids, layer.count, upper)
-        for column, (ids, count, rows) in zip((cells.lower, cells.upper), used, strict=True):
-            ids = np.ascontiguousarray(ids)
-            column[:, at] = unique_experts(ids, count, forwards.row_offsets, num_experts, rows)
-
-
-def _retain(
-    cells: RoutedCells,
-    at: int,
-    layer: LayerTrace,
-    selection: Selection,
-    trajectory: Trajectory,
-    num_experts: int,
-    kept: np.ndarray,
-) -> None:
-    recorded = selection.expert_ids is layer.expert_ids and selection.count is layer.count
-    weights = layer.gate_weights
-    if recorded:
-        rows = np.bincount(layer.count, minlength=len(kept))
-        kept += np.stack((rows * np.arange(len(kept)), rows), axis=1)
-        if weights is not None:
-            sums = np.zeros(trajectory.forwards.num_forwards)
-            _gate_sums(layer.count, weights.astype(np.float32), trajectory.forwards.row_offsets, sums)
-            cells.kept[:, at] = cells.vanilla[:, at] = sums
-        return
-    of_kept, of_all = np.zeros((2, trajectory.forwards.num_forwards))
-    _retained(
-        layer.expert_ids,
-        layer.count,
-        np.zeros((0, 0), np.float32) if weights is None else weights.astype(np.float32),
-        selection.expert_ids,
-        selection.count,
-        np.zeros(0, bool) if trajectory.reused is None else trajectory.reused,
-        trajectory.forwards.row_offsets,
-        np.full(num_experts, -1),
-        of_kept,
-        of_all,
-        kept,
-    )
-    if weights is not None:
-        cells.kept[:, at], cells.vanilla[:, at] = of_kept, of_all
 
 
 @njit

@@ -7,19 +7,21 @@ fewer active experts than the budget, and GPU tokens a promotion ("promotion uti
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from simulator.cost import PARTS, CostModel
-from simulator.policy import ExpertStream, Geometry, Placement, Trajectory
+from simulator.policy import ExpertStream, Geometry, Placement
 from simulator.tallies.cells import PlacedCells
 from simulator.tallies.exact_sum import ExactSums
 from simulator.tallies.summary import ratio
 from tracer.errors import UserError
 from tracer.jit import njit
 from tracer.schema import KINDS
+from tracer.trace import ForwardTable
 
 # Hit rates by lag are kept for this many forwards of a layer since its last refresh.
 LAGS = 64
@@ -37,7 +39,7 @@ class PlacementTally:
     A segment is :meth:`begin`, :meth:`serve` of every stream, side by side where streams are single layers, :meth:`end`.
     """
 
-    def __init__(self, geometry: Geometry, scope: str, costs: list[CostModel]) -> None:
+    def __init__(self, geometry: Geometry, scope: str, costs: Sequence[CostModel] = ()) -> None:
         layers = len(geometry.layers)
         self.sizes = np.array([geometry.expert_bytes[layer] for layer in geometry.layers], np.int64)
         self.scope = scope
@@ -51,15 +53,13 @@ class PlacementTally:
         self.lag = np.full(layers, -1, np.int64)
         self.refreshes = np.zeros((layers, 2), np.int64)
         self.by_lag = np.zeros((layers, LAGS, 2), np.int64)
-        self._layer_seconds: list[np.ndarray] = []
-        self._cells: PlacedCells | None = None
 
-    def begin(self, trajectory: Trajectory, keep_cells: bool) -> None:
-        """Make room for a segment."""
-        shape = trajectory.forwards.num_forwards, len(self.sizes)
-        self._kind = trajectory.forwards.forward_kind
+    def begin(self, forwards: ForwardTable, keep_cells: bool) -> None:
+        """Make room for a segment; ``cells`` are filled where they are kept."""
+        shape = forwards.num_forwards, len(self.sizes)
+        self._forwards, self._kind = forwards, forwards.forward_kind
         self._layer_seconds = [np.zeros(shape) for _ in self.costs]
-        self._cells = PlacedCells.empty(*shape) if keep_cells else None
+        self.cells = PlacedCells.empty(*shape) if keep_cells else None
 
     def serve(self, stream: ExpertStream, placement: Placement, policy: str) -> None:
         """Add a stream, of one layer or of all.
@@ -70,13 +70,13 @@ class PlacementTally:
             The placement does not answer every entry and cell of the stream.
         """
         sums = self._sums(stream, placement, policy)
-        if self._cells is not None:
-            self._cells.fill(stream, placement, sums)
+        if self.cells is not None:
+            self.cells.fill(stream, placement, sums)
         first = int(stream.cell_layer[0]) if len(stream.cell_layer) else 0
         for seconds, parts, cost in zip(self._layer_seconds, self.parts[first], self.costs, strict=True):
-            found = cost.cell_seconds(stream, placement, self.sizes[stream.cell_layer])
-            seconds[stream.cell_forward, stream.cell_layer] = cost.layer_seconds(found)
-            parts.add(found)
+            of_cells = cost.cell_seconds(stream, placement, self.sizes[stream.cell_layer])
+            seconds[stream.cell_forward, stream.cell_layer] = cost.layer_seconds(of_cells)
+            parts.add(of_cells)
 
     def _sums(self, stream: ExpertStream, placement: Placement, policy: str) -> np.ndarray:
         """Add to all totals but seconds; gives gpu_tokens, gpu_experts, hit_tokens, hit_experts and tokens, int64 [C, 5]."""
@@ -115,13 +115,11 @@ class PlacementTally:
         )
         return sums
 
-    def end(self, trajectory: Trajectory) -> PlacedCells | None:
-        """Add up the seconds of a segment's forwards; gives its cells where they are kept."""
+    def end(self) -> None:
+        """Add up the seconds of a segment's forwards."""
         for total, cost, seconds in zip(self.seconds, self.costs, self._layer_seconds, strict=True):
-            dense = cost.dense_seconds(trajectory.forwards)
+            dense = cost.dense_seconds(self._forwards)
             total.add(np.column_stack((dense, dense + seconds.sum(axis=1))))
-        cells, self._layer_seconds, self._cells = self._cells, [], None
-        return cells
 
     def summary(self, assignments: int) -> dict[str, Any]:
         """The keys that depend on residency but not on hardware."""
@@ -162,10 +160,11 @@ class PlacementTally:
         """What was held at most: every layer's slots are its own and add up, one cache over all layers has one most."""
         return int(self.held.max() if self.scope == "global" else self.held.sum())
 
-    def latency(self, cost: int | None, accepted: int) -> dict[str, Any]:
+    def latency(self, priced: CostModel | None, accepted: int) -> dict[str, Any]:
         """The latency keys on one of the cost models; all null without one. ``speedup`` is the result's to fill."""
-        if cost is None:
+        if priced is None:
             return {"latency_s": None, "latency": None, "tokens_per_s": None, "speedup": None}
+        cost = self.costs.index(priced)
         dense, total = self.seconds[cost].totals()
         # Partial sums, so that it does not show which layers were served together.
         of_layers = zip(*(parts[cost].partials() for parts in self.parts), strict=True)

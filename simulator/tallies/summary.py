@@ -14,19 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from simulator.policy import ExpertStream, Geometry, Selection, Trajectory
-from simulator.tallies.cells import RoutedCells, fill_routed
+from simulator.policy import Geometry
+from simulator.streams.routed import RoutedLayer, View
+from simulator.tallies.cells import RoutedCells
 from simulator.tallies.working_set import WorkingSets
+from simulator.walk import Watcher
 from tracer.jit import njit
 from tracer.schema import COMMIT, DENOISE, KINDS
-from tracer.trace import LayerTrace
 
 # Two-sided 95% quantile of the normal distribution.
 NORMAL_95 = 1.959963984540054
 
 
-class RoutingTally:
-    """Sums over a run of what its trajectory and selections ask for; shared by all residencies."""
+class RoutingTally(Watcher):
+    """Sums over a run of what its trajectory and selections ask for; shared by all residencies.
+
+    ``cells`` are those of the segment under way.
+    """
+
+    cells: RoutedCells
 
     def __init__(self, geometry: Geometry) -> None:
         self.num_experts = geometry.num_experts
@@ -35,7 +41,7 @@ class RoutingTally:
         self.accepted = np.zeros(len(KINDS), np.int64)
         self.accepted_known = True
         # By kind: cells, unique experts, unique experts of the current block, assignments.
-        self.cells = np.zeros((len(KINDS), 4), np.int64)
+        self.of_kind = np.zeros((len(KINDS), 4), np.int64)
         self.working_set = 0
         self.kept = self.vanilla = 0.0
         self.has_weights = False
@@ -50,32 +56,29 @@ class RoutingTally:
         # Of denoise cells with tokens: sum of largest over mean load, and cells.
         self.skew = np.zeros((layers, 2))
 
-    def serve(
-        self,
-        cells: RoutedCells,
-        at: int,
-        layer: LayerTrace,
-        selection: Selection,
-        stream: ExpertStream,
-        trajectory: Trajectory,
-        block_rows: np.ndarray | None,
-    ) -> None:
-        """Fill and add up a segment's column ``at``, as ``fill_routed`` does; layers may go side by side."""
-        experts = self.num_experts
-        fill_routed(cells, at, layer, selection, stream, trajectory, block_rows, experts, self.rows_kept[at])
-        self.working_sets.add(at, stream.offsets, stream.experts)
-        denoise = trajectory.forwards.forward_kind[stream.cell_forward] == DENOISE
-        _add_skew(stream.offsets, stream.tokens, denoise, experts, self.skew[at])
+    def begin(self, view: View) -> None:
+        """Make room for a segment's cells."""
+        self._view = view
+        self.cells = RoutedCells.empty(view.trajectory, len(self.sizes))
 
-    def add(self, trajectory: Trajectory, cells: RoutedCells) -> None:
-        """Add a segment."""
+    def layer(self, at: int, routed: RoutedLayer) -> None:
+        """Fill column ``at`` of the cells and add up what needs no cells."""
+        stream = routed.stream
+        self.cells.fill(at, routed, self.rows_kept[at])
+        self.working_sets.add(at, stream.offsets, stream.experts)
+        denoise = self._view.trajectory.forwards.forward_kind[stream.cell_forward] == DENOISE
+        _add_skew(stream.offsets, stream.tokens, denoise, self.num_experts, self.skew[at])
+
+    def end(self) -> None:
+        """Add the segment's cells."""
+        trajectory, cells = self._view.trajectory, self.cells
         forwards = trajectory.forwards
         kind = forwards.forward_kind if forwards.num_forwards else np.zeros(0, np.uint8)
         self.forwards += np.bincount(kind, minlength=len(KINDS))
         np.add.at(self.accepted, forwards.kind, np.maximum(forwards.num_accepted, 0))
         self.accepted_known &= bool((forwards.num_accepted[forwards.kind == DENOISE] >= 0).all())
         for column, values in enumerate((cells.present, cells.unique, cells.in_block, cells.assignments)):
-            np.add.at(self.cells[:, column], kind, values.sum(axis=1))
+            np.add.at(self.of_kind[:, column], kind, values.sum(axis=1))
         self.working_set += int((cells.unique @ self.sizes).sum())
         if not np.isnan(cells.vanilla).all():
             self.has_weights = True
@@ -102,9 +105,9 @@ class RoutingTally:
             found = np.array([trajectory.bounds["accepted"], trajectory.bounds["denoise_forwards"]], np.int64)
             self.token_bounds = found if self.token_bounds is None else self.token_bounds + found
 
-    def summary(self) -> dict[str, Any]:
-        """The keys that do not depend on residency."""
-        of_denoise, of_all = self.cells[DENOISE], self.cells.sum(axis=0)
+    def result(self) -> dict[str, Any]:
+        """The keys of a summary that do not depend on residency."""
+        of_denoise, of_all = self.of_kind[DENOISE], self.of_kind.sum(axis=0)
         denoise = int(self.forwards[DENOISE])
         accepted = int(self.accepted[DENOISE])
         own, shares = self._of_requests()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from analysis.diff import diff, difference
 from analysis.metrics import Settings, across_seeds, consistency
 from analysis.summary import ReplaySummary
-from simulator.replay import replay
+from simulator.replaying import replay
 from tests.analysis import replayed
 from tracer.errors import UserError
 from tracer.parquet import open_trace

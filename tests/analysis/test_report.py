@@ -16,7 +16,7 @@ from analysis.metrics import consistency
 from analysis.report import match, render, write_report
 from analysis.summary import ReplaySummary, read_replay, summarise_trace
 from simulator.interval import find_interval
-from simulator.replay import replay
+from simulator.replaying import replay
 from tests.analysis import browser, replayed
 from tracer.errors import UserError
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from simulator.budget import share_out
 from simulator.registry import load_policy
-from simulator.replay import replay
+from simulator.replaying import replay
 from simulator.streams.loads import recorded_loads
 from tests.simulator.traces import geometry, random_trace
 from tracer.errors import UserError

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.registry import load_policy, policy_names
-from simulator.replay import replay
+from simulator.replaying import replay
 from tests.builders import block_run, router
 from tests.simulator.traces import MemoryTrace, geometry, joined, meta_of, plain_forwards, random_trace, stream_of
 from tracer.schema import DENOISE
@@ -76,7 +76,7 @@ def test_every_residency_policy_answers_for_all_layers_together_as_for_each_alon
     several = random_trace(seed, segments=3, num_layers=3)
     together = replay(several, ["vanilla"], [budgeted(name, budget)], "h100-pcie5")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simulator.replay.SIDE_BY_SIDE", 0)
+        patch.setattr("simulator.walk.SIDE_BY_SIDE", 0)
         alone = replay(several, ["vanilla"], [budgeted(name, budget)], "h100-pcie5")
     assert together.to_json() == alone.to_json()
     assert together.cells.equals(alone.cells, null_equal=True)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.plan import LACKS, make_plan
+from simulator.experiment import LACKS, make_experiments
 from simulator.policy import ACTIVE, SCORES
 from simulator.registry import load_policy, policy_names
-from simulator.replay import replay
+from simulator.replaying import replay
 from simulator.streams.gather import gather_layer
 from tests.analysis.replayed import stored
 from tests.builders import block_run, router
@@ -82,13 +82,13 @@ def renamed(trace, labels):
 
 def selected(trace, name):
     """For every layer and row of a routing policy's trajectory its experts with their weights."""
-    plan = make_plan(trace, [name], ["all_resident"], None)
+    geometry, (asked,) = make_experiments(trace, [name], ["all_resident"])
     found = []
     for piece in trace.segments():
-        trajectory = plan.acceptances[0].unroll(piece, plan.geometry)
-        for number in plan.geometry.layers:
+        trajectory = asked.acceptance.unroll(piece, geometry)
+        for number in geometry.layers:
             layer = gather_layer(piece.layer(number, True), piece.forwards, trajectory)
-            selection = plan.routings[0].select(layer, trajectory, plan.geometry)
+            selection = asked.routing.select(layer, trajectory, geometry)
             for t, n in enumerate(selection.count.tolist()):
                 pairs = zip(selection.expert_ids[t, :n].tolist(), selection.gate_weights[t, :n].tolist(), strict=True)
                 found.append(dict(pairs))

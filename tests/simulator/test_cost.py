@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simulator.cost import CostModel
 from simulator.policy import Placement
 from simulator.presets import Hardware, Line, load_hardware
-from simulator.pricing import cost_model, priced_on, split_spec
+from simulator.pricing import cost_model, hardware_options, priced_on
 from tests.simulator.traces import forward_table, meta_of, stream_of
 from tracer.errors import UserError
 from tracer.schema import DENOISE
@@ -197,9 +197,12 @@ def test_a_spec_names_a_machine_its_parts_and_how_it_is_priced():
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("h100-pcie5:speed=3", r"Hardware h100-pcie5 has no option 'speed=3'; it takes overlap, host_gib, gpu"),
-        ("h100-pcie5:overlap", "has no option 'overlap'"),
-        ("h100-pcie5:overlap=", "has no option 'overlap='"),
+        (
+            "h100-pcie5:speed=3",
+            r"hardware h100-pcie5 has no parameter 'speed=3'; its parameters are cpu, dram, gpu",
+        ),
+        ("h100-pcie5:overlap", "needs a value for overlap"),
+        ("h100-pcie5:overlap=", "needs a value for overlap"),
         ("h100-pcie5:overlap=yes", "overlap=yes is neither true nor false"),
         ("h100-pcie5:overlap=true,overlap=true", "is given overlap twice"),
         ("h100-pcie5:host_gib=much", "host_gib=much is no amount of memory"),
@@ -218,6 +221,6 @@ def test_specs_that_do_not_load_say_what_to_give(spec, reason):
 
 
 def test_paths_may_hold_colons_and_options_follow_their_ending():
-    assert split_spec("C:/x/my.toml") == ("C:/x/my.toml", {})
-    assert split_spec("C:/x/my.toml:overlap=true") == ("C:/x/my.toml", {"overlap": "true"})
-    assert split_spec("h200:") == ("h200", {})
+    assert hardware_options("C:/x/my.toml") == ("C:/x/my.toml", {})
+    assert hardware_options("C:/x/my.toml:overlap=true") == ("C:/x/my.toml", {"overlap": "true"})
+    assert hardware_options("C:/x/my.toml:") == ("C:/x/my.toml", {})

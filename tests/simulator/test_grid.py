@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.grid import MAX_SPECS, expand, split_name
+from simulator.spec import MAX_SPECS, expand, split
 from tracer.errors import UserError
 
 
@@ -46,7 +46,7 @@ def test_a_spec_without_a_grid_stands_for_itself(spec):
 
 
 def test_a_path_may_hold_colons():
-    assert split_name("C:\\my\\policy.py:budget=1..2,x=3") == ("C:\\my\\policy.py", "budget=1..2,x=3")
+    assert split("C:\\my\\policy.py:budget=1..2,x=3") == ("C:\\my\\policy.py", "budget=1..2,x=3")
     assert expand("C:\\p.py:budget=1..2") == ["C:\\p.py:budget=1", "C:\\p.py:budget=2"]
 
 

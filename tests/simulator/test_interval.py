@@ -15,7 +15,7 @@ from simulator.break_even import expert_seconds
 from simulator.interval import find_interval, longest_block, memoryless_misses, program_objective
 from simulator.presets import load_hardware
 from simulator.pricing import cost_model
-from simulator.replay import replay
+from simulator.replaying import replay
 from tests.simulator.long_run import long_run
 from tests.simulator.test_tide_grid import naive_loads, naive_refreshes
 from tests.simulator.traces import MemoryTrace, forward_table, random_layer, random_trace

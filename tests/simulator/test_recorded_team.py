@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.acceptance.team import TeamAcceptance
-from simulator.replay import replay
+from simulator.replaying import replay
 from simulator.routing.team import Team
 from simulator.speculation.recorded_team import quotas_of
 from tests.builders import router

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from simulator.cost import CostModel
 from simulator.policy import Selection, Trajectory
 from simulator.presets import load_hardware
-from simulator.replay import replay
+from simulator.replaying import replay
 from simulator.runs import memory_notes
 from tests.simulator.naive_replay import LAYERS, E, mean, naive_cells, naive_choice, naive_forwards, naive_summary
 from tests.simulator.traces import joined, random_trace
@@ -295,7 +295,7 @@ def test_threads_change_nothing(threads, monkeypatch):
     trace = random_trace(8, segments=2, num_layers=5)
     specs = [*RESIDENCIES, "belady:budget=2", "belady:scope=global,budget=2"]
     one = replay(trace, residency=specs)
-    monkeypatch.setattr("simulator.replay.SIDE_BY_SIDE", 0)
+    monkeypatch.setattr("simulator.walk.SIDE_BY_SIDE", 0)
     several = replay(trace, residency=specs, threads=threads)
     assert several.to_json() == one.to_json() and several.cells.equals(one.cells)
     with pytest.raises(UserError, match="threads=0"):
@@ -312,7 +312,7 @@ def test_what_the_first_pass_keeps_changes_nothing(share, monkeypatch):
     kept = replay(trace, routings, specs, "h100-pcie5")
     once = len(read)
     decisions = sum(p.forwards.num_rows * (2 + 0.5) * 3 * trace.meta.model.top_k for p in pieces)
-    monkeypatch.setattr("simulator.replay.KEPT_DECISIONS", share * decisions)
+    monkeypatch.setattr("simulator.walk.KEPT_DECISIONS", share * decisions)
     anew = replay(trace, routings, specs, "h100-pcie5")
     assert len(read) == 3 * once
     assert anew.to_json() == kept.to_json()
@@ -439,7 +439,7 @@ def test_policies_are_refused_before_anything_is_read():
         replay(trace, ["vanilla"], [])
     with pytest.raises(UserError, match="no hardware preset"):
         replay(trace, hardware="abacus")
-    with pytest.raises(UserError, match="no option 'speed=2'"):
+    with pytest.raises(UserError, match="no parameter 'speed=2'"):
         replay(trace, hardware="h100-pcie5:speed=2")
 
 

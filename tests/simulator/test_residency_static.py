@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.registry import describe, load_policy
-from simulator.replay import replay
+from simulator.replaying import replay
 from simulator.streams.gather import geometry_of
 from tests.simulator.test_budget import naive_loads, naive_share
 from tests.simulator.traces import geometry, random_trace

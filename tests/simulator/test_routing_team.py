@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simulator.acceptance.team import TeamAcceptance
 from simulator.policy import ACTIVE, CONFIDENCE, SCORES, TOKENS
 from simulator.registry import load_policy
-from simulator.replay import replay
+from simulator.replaying import replay
 from simulator.routing.team import Team
 from simulator.routing.vanilla import Vanilla
 from simulator.streams.gather import gather_layer

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simulator.replay import replay
+from simulator.replaying import replay
 from simulator.streams.routed import BLIND
 from tests.builders import block_run
 from tests.simulator.traces import MemoryTrace, meta_of

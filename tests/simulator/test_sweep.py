@@ -9,11 +9,11 @@ from itertools import product
 import polars as pl
 import pytest
 
-from simulator import sweep as sweeps
-from simulator.registry import load_policy
-from simulator.replay import replay
-from simulator.sweep import sweep
-from simulator.sweep_table import spec_of, trace_identity
+from simulator import sweeping as sweeps
+from simulator.registry import load_policy, spec_of
+from simulator.replaying import replay, run_experiments
+from simulator.sweep_table import trace_identity
+from simulator.sweeping import sweep
 from tests.analysis.replayed import stored
 from tracer.errors import UserError
 from tracer.parquet import open_trace
@@ -94,18 +94,18 @@ def stop_after(monkeypatch, passes):
     def once(*arguments, **options):
         if len(done) == passes:
             raise Stopped
-        result = replay(*arguments, **options)
+        result = run_experiments(*arguments, **options)
         done.append(len(result.runs))
         return result
 
-    monkeypatch.setattr(sweeps, "replay", once)
+    monkeypatch.setattr(sweeps, "run_experiments", once)
     return done
 
 
 @pytest.mark.parametrize("passes", [1, 2, 5])
 def test_a_stopped_sweep_loses_only_the_runs_under_way(passes, trace, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "RUNS_A_PASS", 8)
-    monkeypatch.setattr(sweeps, "ROUTINGS_A_PASS", 2)
+    monkeypatch.setattr(sweeps, "BRANCHES_A_PASS", 2)
     whole = sweep(trace, ROUTING, RESIDENCY, MACHINES, out=tmp_path / "whole.parquet")
     out = tmp_path / "stopped.parquet"
     done = stop_after(monkeypatch, passes)

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from simulator.caching.tide_grid import TideGrid
 from simulator.policy import Selection
+from simulator.replaying import replay
 from simulator.residency.tide import Tide
 from simulator.streams.gather import geometry_of
 from simulator.streams.stream import build_stream
-from simulator.tide_grid import tide_grid
+from simulator.tallies.placement_tally import GPU_TOKENS, HIT_EXPERTS, LOOKUPS, PROMOTIONS
+from simulator.walk import Walk
 from tests.simulator.long_run import long_run
 from tests.simulator.traces import joined, random_trace
-from tracer.errors import UserError
 from tracer.schema import COMMIT, DECODE, PREFILL
 
-FIELDS = ("gpu_tokens", "gpu_experts", "promotions", "surplus")
+
+def grid(trace, intervals, budgets, **options):
+    """{(interval, budget): tally} of one walk."""
+    policies = [Tide(budget=budget, refresh_interval=tau, **options) for tau in intervals for budget in budgets]
+    walk = Walk(trace, geometry_of(trace), weights=False)
+    watcher = walk.watch(TideGrid(policies, walk.geometry))
+    walk.run()
+    return {(policy.refresh_interval, policy.budget): tally for policy, tally in watcher.result().items()}
+
+
+def figures(tally, at):
+    """GPU tokens, GPU experts, promotions and refreshes with too few experts of a layer."""
+    of_layer = tally.totals[at].sum(axis=0)
+    return [*of_layer[[GPU_TOKENS, HIT_EXPERTS, PROMOTIONS]].tolist(), int(tally.refreshes[at, 1])]
 
 
 def naive_refreshes(trace, interval):
@@ -99,81 +113,69 @@ def test_every_cell_of_the_grid_equals_sets_and_loops_and_the_single_replay(
     seed, num_experts, calls, segments, intervals
 ):
     trace = random_trace(seed, segments=segments, calls=calls, num_experts=num_experts)
-    grid = tide_grid(trace, intervals)
-    assert grid.gpu_tokens.shape == (2, len(intervals), num_experts + 1)
+    tallies = grid(trace, intervals, range(num_experts + 1))
     for at, number in enumerate(trace.meta.model.moe_layers):
         loads = naive_loads(trace, number)
-        assert grid.tokens[at] == sum(sum(load.values()) for load in loads)
-        assert grid.lookups[at] == sum(map(len, loads))
-        for i, interval in enumerate(intervals):
+        for interval in intervals:
             flags = naive_refreshes(trace, interval)
-            assert grid.refreshes[at, i] == sum(bool(load) for load, flag in zip(loads, flags, strict=True) if flag)
+            refreshes = sum(bool(load) for load, flag in zip(loads, flags, strict=True) if flag)
             for budget in range(num_experts + 1):
-                cell = [int(getattr(grid, name)[at, i, budget]) for name in FIELDS]
-                assert cell == naive_tide(loads, flags, budget).tolist()
-                assert cell[:3] == single_replay(trace, at, interval, budget).tolist()
+                tally = tallies[interval, budget]
+                assert tally.refreshes[at, 0] == refreshes
+                assert tally.totals[at, :, LOOKUPS].sum() == sum(map(len, loads))
+                assert figures(tally, at) == naive_tide(loads, flags, budget).tolist()
+                assert figures(tally, at)[:3] == single_replay(trace, at, interval, budget).tolist()
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    num_experts=st.integers(3, 9),
+    calls=st.integers(1, 12),
+    segments=st.integers(1, 3),
+    copy_back=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_figure_of_a_run_is_that_of_a_replay_of_its_own(seed, num_experts, calls, segments, copy_back):
+    trace = random_trace(seed, segments=segments, calls=calls, num_experts=num_experts)
+    specs = [
+        Tide(budget=budget, refresh_interval=tau, copy_back=copy_back)
+        for budget in range(num_experts + 1)
+        for tau in (1, 2, 5)
+    ]
+    specs += [Tide(budget_bytes=5000), Tide(budget=3, budget_bytes=9000, split="auto")]
+    for routing in ("vanilla", "skip:beta=0.5"):
+        in_one_pass = replay(trace, [routing], specs, keep_cells=False)
+        alone = [replay(trace, [routing], [spec]).runs[0].summary for spec in specs]
+        assert [run.summary for run in in_one_pass.runs] == alone
 
 
 def test_a_long_run_of_256_experts_equals_single_replays_at_budgets_on_both_sides_of_the_active_experts():
     trace = long_run(blocks=3)
-    grid = tide_grid(trace)
+    budgets = (0, 1, 40, 64, 65, 128, 200, 255, 256)
+    tallies = grid(trace, (1, 5, 31), budgets)
     for interval in (1, 5, 31):
-        for budget in (0, 1, 40, 64, 65, 128, 200, 255, 256):
-            cell = [int(getattr(grid, name)[0, interval - 1, budget]) for name in FIELDS[:3]]
-            assert cell == single_replay(trace, 0, interval, budget).tolist()
-    assert 0 < grid.surplus[0, 0, 64] < grid.refreshes[0, 0]
+        for budget in budgets:
+            found = figures(tallies[interval, budget], 0)[:3]
+            assert found == single_replay(trace, 0, interval, budget).tolist()
+    refreshes, surplus = tallies[1, 64].refreshes[0].tolist()
+    assert 0 < surplus < refreshes
 
 
 def test_more_than_64_experts_need_more_than_one_word_and_ids_above_255_work():
     trace = random_trace(3, segments=2, calls=30, num_experts=300, top_k=5, num_layers=1, absent=False)
-    grid = tide_grid(trace, (2, 3))
-    for i, interval in enumerate((2, 3)):
-        for budget in (0, 3, 63, 64, 65, 128, 255, 256, 299, 300):
-            cell = [int(getattr(grid, name)[0, i, budget]) for name in FIELDS[:3]]
-            assert cell == single_replay(trace, 0, interval, budget).tolist()
+    budgets = (0, 3, 63, 64, 65, 128, 255, 256, 299, 300)
+    tallies = grid(trace, (2, 3), budgets)
+    for interval in (2, 3):
+        for budget in budgets:
+            found = figures(tallies[interval, budget], 0)[:3]
+            assert found == single_replay(trace, 0, interval, budget).tolist()
 
 
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
 def test_segments_do_not_show(seed):
     trace = random_trace(seed, segments=3, calls=4)
-    apart, whole = tide_grid(trace, (1, 2, 3, 4)), tide_grid(joined(trace), (1, 2, 3, 4))
-    for name in (*FIELDS, "tokens", "lookups", "refreshes"):
-        assert (getattr(apart, name) == getattr(whole, name)).all()
-
-
-def test_frame_adds_layers_up_and_bytes_by_layer():
-    trace = random_trace(8, calls=20)
-    grid = tide_grid(trace, (3, 1))
-    frame = grid.frame()
-    assert frame["refresh_interval"].to_list() == [3] * 8 + [1] * 8
-    assert frame["budget"].to_list() == [*range(8), *range(8)]
-    row = frame.row(2, named=True)
-    assert row["gpu_tokens"] + row["cpu_tokens"] == grid.tokens.sum()
-    assert row["gpu_tokens"] == grid.gpu_tokens[:, 0, 2].sum()
-    assert row["hit_rate"] == row["gpu_tokens"] / grid.tokens.sum()
-    assert row["expert_hit_rate"] == row["gpu_experts"] / (row["gpu_experts"] + row["cpu_experts"])
-    assert row["bytes_to_gpu"] == 1100 * grid.promotions[0, 0, 2] + 1200 * grid.promotions[1, 0, 2]
-    assert row["surplus_share"] == grid.surplus[:, 0, 2].sum() / grid.refreshes[:, 0].sum()
-
-
-def test_a_run_that_computes_nothing_has_no_rates():
-    trace = random_trace(8, segments=1, calls=3)
-    for piece in trace.pieces:
-        for number in trace.meta.model.moe_layers:
-            piece.layer(number).count[:] = 0
-    frame = tide_grid(trace, (1,)).frame()
-    assert frame["gpu_tokens"].sum() == 0
-    assert frame["hit_rate"].null_count() == frame["surplus_share"].null_count() == len(frame)
-
-
-@pytest.mark.parametrize("intervals", [(), (0,), (1, 2, 1), (-3, 2)])
-def test_intervals_that_are_none_are_refused(intervals):
-    with pytest.raises(UserError, match="distinct numbers of 1 or more"):
-        tide_grid(random_trace(1), intervals)
-
-
-def test_progress_counts_model_calls():
-    seen = []
-    tide_grid(random_trace(1, segments=3, calls=4), (1,), lambda *call: seen.append(call))
-    assert seen == [(4, 12), (8, 12), (12, 12)]
+    apart, whole = (grid(one, (1, 2, 3, 4), range(8)) for one in (trace, joined(trace)))
+    for key, tally in apart.items():
+        assert (tally.totals == whole[key].totals).all() and (tally.by_lag == whole[key].by_lag).all()
+        assert (tally.refreshes == whole[key].refreshes).all() and (tally.held == whole[key].held).all()

@@ -15,7 +15,7 @@ from simulator.acceptance.team import TeamAcceptance
 from simulator.interval import find_interval
 from simulator.parallel import expert_parallel, parallel_runs
 from simulator.registry import policy_names
-from simulator.replay import replay
+from simulator.replaying import replay
 from tests.analysis.replayed import stored
 from tests.analysis.traces import QUICK
 from tests.builders import add_padding, block_run

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from simulator.replay import replay
+from simulator.replaying import replay
 from tests.builders import route_row
 from tests.simulator.test_kernels import naive_choose
 from tests.tiny_models import BLOCK, EOS, MASK, block_causal, hooks_left, prompt, tiny_model

@@ -10,8 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from simulator.lru_curve import lru_curve
-from simulator.replay import replay
+from simulator.replaying import replay
 from tracer.check import check
 from tracer.errors import UserError
 from tracer.importers.bigmoe import import_bigmoe
@@ -208,15 +207,3 @@ def test_published_hit_rates(name, tmp_path):
     runs = replay(recorded(name, tmp_path), residency=caches(name), keep_cells=False).runs
     rates = [round(100 * run.summary["expert_hit_rate_by_kind"]["decode"], 3) for run in runs]
     assert rates == [rate for row in PUBLISHED[name].values() for rate in row]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_hit_rates_of_lru_in_one_pass(name, tmp_path):
-    trace = recorded(name, tmp_path)
-    curve = lru_curve(trace, "global", budget_bytes=[size << 20 for size in MEBIBYTES])
-    runs = replay(
-        trace, residency=[spec for spec in caches(name) if spec.startswith("lru:scope")], keep_cells=False
-    ).runs
-    assert curve.hit_tokens.sum(axis=0).tolist() == [
-        round(r.summary["hit_rate"] * r.summary["assignments"]) for r in runs
-    ]

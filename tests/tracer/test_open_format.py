@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from simulator.replay import replay
+from simulator.replaying import replay
 from tracer.check import check
 from tracer.parquet import open_trace
 from tracer.synthetic import synthesize

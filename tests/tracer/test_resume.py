@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from simulator.replay import replay
+from simulator.replaying import replay
 from tracer.capture import run_capture
 from tracer.capture_plan import CaptureOptions, plan_capture
 from tracer.check import check

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simulator.replay import replay
+from simulator.replaying import replay
 from tests.handmade import EXPERTS, Handmade
 from tracer.check import check
 from tracer.errors import UserError
