@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from analysis import figures
 from analysis.curves import null_words
+from analysis.figures import BY_RANK, WRITTEN, Figure
 from analysis.tables import TEXT, Column, Sheet
 
-ALL_KINDS = "_all_forwards"
-"""Ending of figures over forwards of every kind; those without it are over denoise forwards."""
+if TYPE_CHECKING:
+    import polars as pl
+
 RUN_KEYS = ("trace", "routing", "residency", "hardware")
-RUN_FIGURES = (
-    "experts/layer",
-    "tokens/forward",
-    "held",
-    "hit rate",
-    "to GPU",
-    "gate kept",
-    "ms/forward",
-    "tokens/s",
-    "speed-up",
-)
-RUN_ORDER = (
-    "residency", "routing", "speed-up", "experts/layer", "tokens/forward", "hit rate", "tokens/s", "gate kept", "held",
-    "ms/forward", "to GPU", "hardware", "trace",
-)  # fmt: skip
-INTERVAL_ORDER = (
-    "refresh_interval", "latency_s", "slowdown", "objective", "hit_rate", "extra_misses", "bytes_to_gpu", "promotions",
-    "objective_memoryless", "expert_hit_rate", "extra_misses_memoryless", "bytes_to_host",
-)  # fmt: skip
-SWEEP_COLUMNS = (
-    "routing", "residency", "hardware", "estimate", "unique_experts", "unique_experts_all_forwards",
-    "tokens_per_forward", "hit_rate", "bytes_to_gpu",
-    "cpu_tokens", "resident_bytes", "gate_retained", "latency_s", "tokens_per_s", "speedup",
-)  # fmt: skip
-SWEEP_ORDER = (
-    "residency", "routing", "speedup", "latency_s", "hit_rate", "unique_experts", "unique_experts_all_forwards",
-    "tokens_per_forward", "gate_retained",
-    "resident_bytes", "tokens_per_s", "bytes_to_gpu", "cpu_tokens", "estimate", "hardware",
-)  # fmt: skip
+INTERVAL_FIRST = ("refresh_interval", "latency_s", "slowdown", "objective")
+INTERVAL_ORDER = (*INTERVAL_FIRST, *(figure.name for figure in BY_RANK if figure.name not in INTERVAL_FIRST))
+SWEEP_KEYS = ("routing", "residency", "hardware", "estimate")
+# In a column of the terminal amounts are to be compared at a glance: one unit in all rows.
+IN_COLUMNS = WRITTEN | {"size": lambda value: f"{value / 1e6:.1f} MB", "times": WRITTEN["two"]}
 
 
 def facts_table(facts: Mapping[str, Any]) -> Sheet:
@@ -52,43 +31,47 @@ def facts_table(facts: Mapping[str, Any]) -> Sheet:
 
 
 def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> Sheet:
-    """The figures people compare, one row a run, estimates in italics; see :func:`every_kind` for runs that denoise nothing.
+    """The figures people compare, one row a run, estimates in italics.
 
     Parameters
     ----------
     results : sequence
         (trace name, specs of each run as typed, ReplayResult).
     """
+    shown = figures.shown_in("terminal")
     rows: list[Sequence[str]] = []
     styles = []
     for trace, names, result in results:
-        for specs, run in zip(names, result.to_json()["runs"], strict=True):
-            summary = run["summary"]
-            latency = summary["latency_s"]
-            rows.append(
-                (
-                    trace,
-                    *specs,
-                    run["hardware"] or "-",
-                    figure(summary[f"unique_experts{ALL_KINDS if every_kind(summary) else ''}"], 2),
-                    figure(summary["tokens_per_forward"], 2),
-                    f"{summary['resident_bytes'] / 1e6:.1f} MB",
-                    percent(summary["hit_rate"]),
-                    f"{summary['bytes_to_gpu'] / 1e6:.1f} MB",
-                    percent(summary["gate_retained"]),
-                    "-" if latency is None else f"{latency / max(summary['forwards'], 1) * 1e3:.3f}",
-                    figure(summary["tokens_per_s"], 0),
-                    figure(summary["speedup"], 2),
-                )
-            )
-            styles.append("italic" if run["estimate"] else None)
-    columns = [Column(name, folds=TEXT) for name in RUN_KEYS] + [Column(name, right=True) for name in RUN_FIGURES]
-    return Sheet(columns, rows, RUN_KEYS, RUN_ORDER, styles)
+        for specs, run in zip(names, result.runs, strict=True):
+            values = figures.values(run.summary)
+            told = (written(figure.written, values[stand_in(figure, values)]) for figure in shown)
+            rows.append((trace, *specs, run.hardware or "-", *told))
+            styles.append("italic" if run.estimate else None)
+    columns = [Column(name, folds=TEXT) for name in RUN_KEYS]
+    columns += [Column(figure.heading, right=True) for figure in shown]
+    order = ("residency", "routing", *(figure.heading for figure in BY_RANK if figure in shown), "hardware", "trace")
+    return Sheet(columns, rows, RUN_KEYS, order, styles)
 
 
-def every_kind(summary: Mapping[str, Any]) -> bool:
-    """Whether experts a layer are to be told over forwards of every kind, as none of a run's denoises."""
-    return summary["unique_experts"] is None and summary.get(f"unique_experts{ALL_KINDS}") is not None
+def stand_in(figure: Figure, values: Mapping[str, Any]) -> str:
+    """The figure to show in a figure's place: another where nothing denoises."""
+    absent = values.get(figure.name) is None and values.get(figure.instead) is not None
+    return figure.instead if absent else figure.name
+
+
+def stood_in(summary: Mapping[str, Any]) -> list[str]:
+    """Headings of the figures in whose place :func:`run_table` shows another."""
+    return [f.heading for f in figures.shown_in("terminal") if stand_in(f, summary) != f.name]
+
+
+def front_table(front: pl.DataFrame) -> Sheet:
+    """The Pareto front of a sweep, one row a run, figures that none of them has left out."""
+    known = {name for name in front.columns if front[name].null_count() < front.height}
+    shown = figures.shown_in("sweep")
+    spare = {figure.instead for figure in shown if figure.name in known}
+    columns = [name for name in (*SWEEP_KEYS, *(figure.name for figure in shown)) if name in known - spare]
+    order = ("residency", "routing", *(figure.name for figure in BY_RANK), "estimate", "hardware")
+    return frame_table(columns, front.select(columns).iter_rows(), SWEEP_KEYS[:3], order)
 
 
 def headline_table(rows: Iterable[Mapping[str, Any]]) -> Sheet:
@@ -100,9 +83,9 @@ def headline_table(rows: Iterable[Mapping[str, Any]]) -> Sheet:
         found.append(
             (
                 row["figure"],
-                figure(row["value"], 3),
+                written("three", row["value"]),
                 "-" if low is None else f"{low:.3f} .. {high:.3f}",
-                figure(row["null"], 3),
+                written("three", row["null"]),
                 "-" if beats is None else "yes" if beats else "no",
                 null_words(row["frame"], row["null_name"]) if row["null_name"] else "-",
             )
@@ -127,9 +110,9 @@ def parallel_table(specs: Iterable[str], runs: Iterable[Mapping[str, Any]], kind
                 spec,
                 str(run["gpus"]),
                 run["placement"],
-                figure(run[f"imbalance{kinds}"], 2),
-                percent(run[f"busy{kinds}"]),
-                *(figure(None if size is None else size / 1e6, 2) for size in sizes),
+                written("two", run[f"imbalance{kinds}"]),
+                written("percent", run[f"busy{kinds}"]),
+                *(written("two", None if size is None else size / 1e6) for size in sizes),
             )
         )
         styles.append("italic" if run["estimate"] else None)
@@ -172,11 +155,6 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def figure(value: float | None, digits: int) -> str:
-    """A number with a fixed number of digits, "-" for None."""
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def percent(value: float | None) -> str:
-    """A share as percent, "-" for None."""
-    return "-" if value is None else f"{100 * value:.1f}%"
+def written(how: str, value: float | None) -> str:
+    """A number in a column, ``how`` as in :data:`analysis.figures.WRITTEN`; "-" for None."""
+    return "-" if value is None else IN_COLUMNS[how](value)
