@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -34,8 +34,9 @@ class Verbs(TyperGroup):
 
     def format_commands(self, ctx, formatter):
         widest = max(map(len, self.commands))
+        commands: dict[str, Any] = dict(self.commands)
         for group in GROUPS:
-            verbs = [(name, verb) for name, verb in self.commands.items() if verb.rich_help_panel == group]
+            verbs = [(name, verb) for name, verb in commands.items() if verb.rich_help_panel == group]
             with formatter.section(group):
                 room = formatter.width - 6 - widest
                 formatter.write_dl([(name.ljust(widest), verb.get_short_help_str(room)) for name, verb in verbs])

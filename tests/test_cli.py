@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from analysis.tables import laid_out
 from cli import app
 from tests.tracer.test_import_bigmoe import rows, write
-from tracer.check import check
+from tracer.checking import check
 from tracer.parquet import open_trace
 
 ROOT = Path(__file__).parent.parent

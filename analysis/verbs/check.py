@@ -12,7 +12,7 @@ def check(trace: TracePath, as_json: Json = False, quiet: Quiet = False) -> None
 
     Example: moetrace check first.trace
     """
-    from tracer.check import check as find_faults
+    from tracer.checking import check as find_faults
     from tracer.parquet import open_trace
 
     if not (trace / "meta.json").is_file():

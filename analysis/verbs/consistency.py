@@ -21,7 +21,7 @@ def consistency(
     """
     from analysis.destinations import destination, make_parents
     from analysis.metrics import consistency as measure
-    from analysis.report import write_report
+    from analysis.reporting import report
     from analysis.terminal import headline_table
     from tracer.parquet import open_trace
 
@@ -32,7 +32,7 @@ def consistency(
         result = measure(opened, progress=on_segment)
     if out is not None:
         make_parents(out)
-        write_report(out, traces=[opened], consistency=[result], force=force)
+        report(out, traces=[opened], consistency=[result], force=force)
     if as_json:
         print_json(result.to_json())
         return

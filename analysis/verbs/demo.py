@@ -27,7 +27,7 @@ def demo(
     Example: moetrace demo
     """
     from analysis.destinations import new_folder
-    from analysis.report import write_report
+    from analysis.reporting import report as write_report
     from analysis.terminal import run_table
     from simulator.replay import replay as run_replay
     from tracer.capture import run_capture

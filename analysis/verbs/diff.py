@@ -21,7 +21,7 @@ def diff(
 
     Example: moetrace diff first.trace second.trace
     """
-    from analysis.diff import diff as compare
+    from analysis.comparing import diff as compare
     from analysis.terminal import frame_table
 
     result = compare(a, b)

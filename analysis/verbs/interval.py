@@ -27,7 +27,7 @@ def interval(
     Example: moetrace interval first.trace --budget 24 --hardware h100-pcie5 --out interval.html
     """
     from analysis.destinations import destination, make_parents
-    from analysis.report import write_report
+    from analysis.reporting import report
     from analysis.terminal import INTERVAL_ORDER, frame_table
     from simulator.interval import find_interval
     from tracer.parquet import open_trace
@@ -39,7 +39,7 @@ def interval(
         result = find_interval(opened, budget, hardware, copy_back, progress=on_segment)
     if out is not None:
         make_parents(out)
-        write_report(out, traces=[opened], consistency=[None], intervals=[result], force=force)
+        report(out, traces=[opened], consistency=[None], intervals=[result], force=force)
     if as_json:
         print_json(result.to_json())
         return

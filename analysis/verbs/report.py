@@ -23,7 +23,7 @@ def report(
     Example: moetrace report first.trace result --out report.html
     """
     from analysis.destinations import destination, make_parents
-    from analysis.report import write_report
+    from analysis.reporting import report as write_report
     from analysis.summary import read_replay
     from tracer.parquet import open_trace
 

@@ -35,8 +35,9 @@ def sweep(
     destination(out, "results", force)
     with bar("sweep", not (as_json or quiet)) as on_segment:
         opened = open_trace(trace)
-        options = {"out": out, "workers": workers, "progress": on_segment, "force": force}
-        result = run_sweep(opened, routing, residency, hardware or None, **options)
+        result = run_sweep(
+            opened, routing, residency, hardware or None, out=out, workers=workers, progress=on_segment, force=force
+        )
     front = pareto(result.frame)
     if as_json:
         print_json({"results": str(result.path), "runs": len(result.rows), "pareto": front.to_dicts()})

@@ -12,7 +12,7 @@ import pytest
 
 from simulator.lru_curve import lru_curve
 from simulator.replay import replay
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import UserError
 from tracer.importers.bigmoe import import_file
 from tracer.parquet import open_trace

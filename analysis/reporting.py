@@ -23,7 +23,7 @@ INTERVALS = 2
 """Pairs of budget and machine whose refresh intervals a report works out by itself, at most."""
 
 
-def write_report(
+def report(
     path: str | os.PathLike[str],
     traces: Sequence[Any] = (),
     results: Sequence[Any] = (),
