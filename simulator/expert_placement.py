@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracer.errors import UserError
+from tracer.errors import UserError, unknown
 
 PLACEMENTS = ("contiguous", "round_robin", "balanced")
 
@@ -36,7 +36,7 @@ def place_experts(num_experts: int, gpus: int, placement: str, load: np.ndarray 
         Unknown placement, or G out of range.
     """
     if placement not in PLACEMENTS:
-        raise UserError(f"There is no expert placement {placement!r}; there are {', '.join(PLACEMENTS)}.")
+        raise unknown("expert placement", placement, PLACEMENTS)
     if not 1 <= gpus <= num_experts:
         raise UserError(f"gpus must be 1 to {num_experts}, the experts of a layer, not {gpus}.")
     experts = np.arange(num_experts)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from simulator.preset_files import Text, preset_model, read_preset
-from tracer.errors import UserError
+from tracer.errors import unknown
 from tracer.schema import SCORE_FUNCTIONS
 
 FOLDER = Path(__file__).parent / "presets" / "models"
@@ -101,9 +101,7 @@ def load_model_spec(name: str) -> ModelSpec:
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file() or (path.parent == FOLDER and path.stem not in model_names()):
-        raise UserError(
-            f"There is no model preset {name!r}; there are {', '.join(model_names())}, or give a .toml file."
-        )
+        raise unknown("model preset", name, model_names(), ", or give a .toml file")
     texts, given = read_preset(path, "model", _FILE)
     return ModelSpec(
         name=path.stem,

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from simulator.preset_files import Text, preset_model, read_preset
-from tracer.errors import UserError
+from tracer.errors import UserError, unknown
 
 FOLDER = Path(__file__).parent / "presets" / "hardware"
 BUS = ("h2d_bytes_per_s", "d2h_bytes_per_s")
@@ -151,7 +151,7 @@ def find_hardware(name: str, parts: Mapping[str, str] | None = None) -> Hardware
     kind, equals, part = name.partition("=")
     if equals and kind in PARTS:
         if part not in part_names(kind):
-            raise UserError(f"There is no {kind} part {part!r}; there are {', '.join(part_names(kind))}.")
+            raise unknown(f"{kind} part", part, part_names(kind))
         return _part_info(kind, part)
     kinds = [kind for kind in PARTS if name in part_names(kind)]
     if len(kinds) == 1 and name not in hardware_names() and not parts:
@@ -195,9 +195,7 @@ def load_hardware(name: str, parts: Mapping[str, str] | None = None) -> Hardware
     if not (path.is_file() if own else name in hardware_names()):
         if own:
             raise UserError(f"There is no hardware file {name}; check the path.")
-        raise UserError(
-            f"There is no hardware preset {name!r}; there are {', '.join(hardware_names())}, or give a .toml file."
-        )
+        raise unknown("hardware preset", name, hardware_names(), ", or give a .toml file")
     asked = dict(parts or {})
     for kind in asked:
         if kind not in PARTS:
@@ -251,7 +249,7 @@ def _part(kind: str, name: str) -> dict[str, tuple[float, str]]:
             raise UserError(f"line={name} is no line; give INTERCEPT+SLOPE in microseconds, as line=278.96+1.25.")
         return {key: (value, f"given as line={name}") for key, value in zip(PARTS[kind], values, strict=True)}
     if name not in part_names(kind):
-        raise UserError(f"There is no {kind} part {name!r}; there are {', '.join(part_names(kind))}.")
+        raise unknown(f"{kind} part", name, part_names(kind))
     return _read(FOLDER / kind / f"{name}.toml", kind)[1]
 
 

@@ -29,7 +29,7 @@ from simulator.measuring.host import (
     threads,
 )
 from simulator.presets import MEASURED, PARTS, part_names
-from tracer.errors import UserError
+from tracer.errors import UserError, unknown
 
 Progress = Callable[[int, int], None]
 STEPS = 5
@@ -177,7 +177,7 @@ def write_profile(
     if target.exists() and not force:
         raise UserError(f"{target} exists already; choose another name, or overwrite it with --force.")
     if gpu is not None and gpu not in part_names("gpu"):
-        raise UserError(f"There is no gpu part {gpu!r}; there are {', '.join(part_names('gpu'))}.")
+        raise unknown("gpu part", gpu, part_names("gpu"))
     found = profile_machine(progress, target.parent, limits)
     target.write_text(profile_text(found, gpu), encoding="utf-8")
     return found

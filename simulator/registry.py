@@ -20,7 +20,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from tracer.errors import UserError
+from tracer.errors import UserError, unknown
 
 AXES = {"routing": "select", "residency": "place", "acceptance": "unroll"}
 
@@ -179,10 +179,7 @@ def _module(axis: str, name: str) -> types.ModuleType:
             return importlib.import_module(name)
         except ImportError as error:
             raise UserError(f"The policy module {name} cannot be imported: {error}.") from error
-    raise UserError(
-        f"There is no {axis} policy {name!r}; there are {', '.join(policy_names(axis)) or 'none'}, "
-        "or give a path to a .py file or a dotted module."
-    )
+    raise unknown(f"{axis} policy", name, policy_names(axis), ", or give a path to a .py file or a dotted module")
 
 
 def _policy_class(module: types.ModuleType, axis: str, name: str) -> type:
