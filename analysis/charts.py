@@ -18,41 +18,27 @@ from analysis.marks import bounded, broken, capital, estimates, finish, lines, s
 
 def unique_by_step(frame: pl.DataFrame) -> alt.TopLevelMixin:
     """Unique experts by step, a line a series. Columns: series, policy, step, unique_experts, forwards, estimate."""
-    chart = lines(
-        bounded(frame, "unique experts by step"),
-        alt.X("step:Q", title="denoise step inside the block", axis=whole_numbers(frame, "step")),
-        alt.Y("unique_experts:Q", title=FIGURES["unique_experts"].title).scale(zero=True),
-        "series",
-        "policy",
-        "routing",
-        [
-            alt.Tooltip("series:N", title="routing"),
-            alt.Tooltip("step:Q", title="step"),
-            tip("unique_experts"),
-            alt.Tooltip("forwards:Q", title="model calls averaged", format=","),
-        ],
-    )
+    x = alt.X("step:Q", title="denoise step inside the block", axis=whole_numbers(frame, "step"))
+    told = [alt.Tooltip("step:Q"), tip("unique_experts")]
+    told += [alt.Tooltip("forwards:Q", title="model calls averaged", format=",")]
     subtitle = "Mean over layers, requests and blocks; later steps exist only in the blocks that take that long."
-    return finish(chart, "Unique experts by denoise step", subtitle + estimates(frame))
+    return _unique_experts(frame, "denoise step", x, told, subtitle)
 
 
 def unique_by_layer(frame: pl.DataFrame) -> alt.TopLevelMixin:
     """Unique experts by layer, a line a series. Columns: series, policy, layer, unique_experts, estimate."""
+    x = alt.X("layer:Q", title="layer of the model", axis=whole_numbers(frame, "layer")).scale(zero=False)
+    told = [alt.Tooltip("layer:Q"), tip("unique_experts")]
+    return _unique_experts(frame, "layer", x, told, "Mean over denoise forwards; dense layers have no experts.")
+
+
+def _unique_experts(frame: pl.DataFrame, along: str, x: alt.X, told: list, subtitle: str) -> alt.TopLevelMixin:
+    y = alt.Y("unique_experts:Q", title=FIGURES["unique_experts"].title).scale(zero=True)
+    name = f"Unique experts by {along}"
     chart = lines(
-        bounded(frame, "unique experts by layer"),
-        alt.X("layer:Q", title="layer of the model", axis=whole_numbers(frame, "layer")).scale(zero=False),
-        alt.Y("unique_experts:Q", title="unique experts").scale(zero=True),
-        "series",
-        "policy",
-        "routing",
-        [
-            alt.Tooltip("series:N", title="routing"),
-            alt.Tooltip("layer:Q", title="layer"),
-            tip("unique_experts"),
-        ],
+        bounded(frame, name), x, y, "series", "policy", "routing", [alt.Tooltip("series:N", title="routing"), *told]
     )
-    subtitle = "Mean over denoise forwards; dense layers have no experts."
-    return finish(chart, "Unique experts by layer", subtitle + estimates(frame))
+    return finish(chart, name, subtitle + estimates(frame))
 
 
 def block_progress(frame: pl.DataFrame) -> alt.TopLevelMixin:

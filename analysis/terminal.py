@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 RUN_KEYS = ("trace", "routing", "residency", "hardware")
-INTERVAL_FIRST = ("refresh_interval", "latency_s", "slowdown", "objective")
-INTERVAL_ORDER = (*INTERVAL_FIRST, *(figure.name for figure in BY_RANK if figure.name not in INTERVAL_FIRST))
+_FASTEST = ("refresh_interval", "latency_s", "slowdown", "objective")
+_REPLAYED = (figure.name for figure in BY_RANK if "interval" in figure.shown and figure.name not in _FASTEST)
+INTERVAL_ORDER = (*_FASTEST, *_REPLAYED, "extra_misses", "promotions", "objective_memoryless")
 SWEEP_KEYS = ("routing", "residency", "hardware", "estimate")
 # In a column of the terminal amounts are to be compared at a glance: one unit in all rows.
 IN_COLUMNS = WRITTEN | {"size": lambda value: f"{value / 1e6:.1f} MB", "times": WRITTEN["two"]}

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from analysis.figures import shown_in
 from analysis.tables import Column, Sheet, available, fold, laid_out
-from analysis.terminal import INTERVAL_FIRST, frame_table
+from analysis.terminal import INTERVAL_ORDER, frame_table
 
 SPEC = "tide:budget=16,refresh_interval=4,copy_back=true"
 
@@ -111,4 +111,4 @@ def test_orders_name_every_column():
     from simulator.interval import IntervalResult
 
     assert all(figure.rank < 99 for table in ("terminal", "sweep") for figure in shown_in(table))
-    assert all(name in (IntervalResult.frame.__doc__ or "") for name in INTERVAL_FIRST)
+    assert all(name in (IntervalResult.frame.__doc__ or "") for name in INTERVAL_ORDER)
