@@ -19,7 +19,14 @@ _REPLAYED = (figure.name for figure in BY_RANK if "interval" in figure.shown and
 INTERVAL_ORDER = (*_FASTEST, *_REPLAYED, "extra_misses", "promotions", "objective_memoryless")
 SWEEP_KEYS = ("routing", "residency", "hardware", "estimate")
 # In a column of the terminal amounts are to be compared at a glance: one unit in all rows.
-IN_COLUMNS = WRITTEN | {"size": lambda value: f"{value / 1e6:.1f} MB", "times": WRITTEN["two"]}
+IN_COLUMNS = WRITTEN | {
+    "text": str,
+    "word": str,
+    "times": WRITTEN["two"],
+    "size": lambda value: f"{value / 1e6:.1f} MB",
+    "MB": lambda value: f"{value / 1e6:,.2f}",
+}
+"""How values are written; "word" is a text that is set to the right and never folded."""
 
 
 def facts_table(facts: Mapping[str, Any]) -> Sheet:
@@ -40,18 +47,15 @@ def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> 
         (trace name, specs of each run as typed, ReplayResult).
     """
     shown = figures.shown_in("terminal")
-    rows: list[Sequence[str]] = []
-    styles = []
+    rows, estimates = [], []
     for trace, names, result in results:
         for specs, run in zip(names, result.runs, strict=True):
             values = figures.values(run.summary)
-            told = (written(figure.written, values[stand_in(figure, values)]) for figure in shown)
-            rows.append((trace, *specs, run.hardware or "-", *told))
-            styles.append("italic" if run.estimate else None)
-    columns = [Column(name, folds=TEXT) for name in RUN_KEYS]
-    columns += [Column(figure.heading, right=True) for figure in shown]
+            rows.append((trace, *specs, run.hardware, *(values[stand_in(figure, values)] for figure in shown)))
+            estimates.append(run.estimate)
+    columns = dict.fromkeys(RUN_KEYS, "text") | {figure.heading: figure.written for figure in shown}
     order = ("residency", "routing", *(figure.heading for figure in BY_RANK if figure in shown), "hardware", "trace")
-    return Sheet(columns, rows, RUN_KEYS, order, styles)
+    return sheet(columns, rows, RUN_KEYS, order, estimates)
 
 
 def stand_in(figure: Figure, values: Mapping[str, Any]) -> str:
@@ -77,51 +81,59 @@ def front_table(front: pl.DataFrame) -> Sheet:
 
 def headline_table(rows: Iterable[Mapping[str, Any]]) -> Sheet:
     """Consistency figures with their interval and the null hardest to beat."""
-    found: list[Sequence[str]] = []
-    for row in rows:
-        low, high = row["low"], row["high"]
-        beats = row["beats_null"]
-        found.append(
-            (
-                row["figure"],
-                written("three", row["value"]),
-                "-" if low is None else f"{low:.3f} .. {high:.3f}",
-                written("three", row["null"]),
-                "-" if beats is None else "yes" if beats else "no",
-                null_words(row["frame"], row["null_name"]) if row["null_name"] else "-",
-            )
+    columns = {
+        "figure": "text", "value": "three", "95% interval": "word", "null": "three", "beats it": "word", "null is": "text",
+    }  # fmt: skip
+    told = [
+        (
+            row["figure"],
+            row["value"],
+            None if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}",
+            row["null"],
+            {True: "yes", False: "no"}.get(row["beats_null"]),
+            null_words(row["frame"], row["null_name"]) if row["null_name"] else None,
         )
-    figures = [Column(name, right=True) for name in ("value", "95% interval", "null", "beats it")]
-    columns = [Column("figure", folds=TEXT), *figures, Column("null is", folds=TEXT)]
-    order = ("figure", "value", "null", "95% interval", "beats it", "null is")
-    return Sheet(columns, found, ("figure",), order)
+        for row in rows
+    ]
+    return sheet(columns, told, ("figure",), ("figure", "value", "null", "95% interval", "beats it", "null is"))
 
 
-def parallel_table(specs: Iterable[str], runs: Iterable[Mapping[str, Any]], kinds: str = "") -> Sheet:
-    """Loads of expert-parallel groups, one row a group, estimates in italics; megabytes of weights read a forward and layer.
+def parallel_table(specs: Iterable[str], runs: Sequence[Mapping[str, Any]], kinds: str = "") -> Sheet:
+    """Loads of expert-parallel groups, one row a group, estimates in italics; bytes of weights read a forward and layer.
 
     ``specs`` are the routing policies as typed, ``kinds`` the suffix of the figures to show.
     """
-    rows: list[Sequence[str]] = []
-    styles = []
-    for spec, run in zip(specs, runs, strict=True):
-        sizes = [run[f"{key}{kinds}"] for key in ("mean_bytes", "max_bytes")]
-        rows.append(
-            (
-                spec,
-                str(run["gpus"]),
-                run["placement"],
-                written("two", run[f"imbalance{kinds}"]),
-                written("percent", run[f"busy{kinds}"]),
-                *(written("two", None if size is None else size / 1e6) for size in sizes),
-            )
-        )
-        styles.append("italic" if run["estimate"] else None)
-    figures = [Column(name, right=True) for name in ("imbalance", "busy", "MB a GPU", "MB the fullest")]
-    columns = [Column("routing", folds=TEXT), Column("GPUs", right=True), Column("placement"), *figures]
+    columns = {
+        "routing": "text", "GPUs": "count", "placement": "text", "imbalance": "two", "busy": "percent", "MB a GPU": "MB",
+        "MB the fullest": "MB",
+    }  # fmt: skip
+    figures = [f"{name}{kinds}" for name in ("imbalance", "busy", "mean_bytes", "max_bytes")]
+    rows = [
+        (spec, run["gpus"], run["placement"], *(run[figure] for figure in figures))
+        for spec, run in zip(specs, runs, strict=True)
+    ]
     keys = ("routing", "GPUs", "placement")
     order = (*keys[::-1], "imbalance", "busy", "MB the fullest", "MB a GPU")
-    return Sheet(columns, rows, keys, order, styles)
+    return sheet(columns, rows, keys, order, [run["estimate"] for run in runs])
+
+
+def sheet(
+    columns: Mapping[str, str],
+    rows: Iterable[Sequence[Any]],
+    keys: Sequence[str],
+    order: Sequence[str],
+    estimates: Sequence[bool] = (),
+) -> Sheet:
+    """A table of values; ``columns`` says how those under each heading are written, a key of :data:`IN_COLUMNS`.
+
+    Rows that are estimates are set in italics; ``keys`` and ``order`` as of a ``Sheet``.
+    """
+    heads = [Column(name, right=how != "text", folds=TEXT if how == "text" else 0) for name, how in columns.items()]
+    texts: list[Sequence[str]] = [
+        ["-" if value is None else IN_COLUMNS[how](value) for how, value in zip(columns.values(), row, strict=True)]
+        for row in rows
+    ]
+    return Sheet(heads, texts, keys, order, ["italic" if estimate else None for estimate in estimates])
 
 
 def frame_table(
@@ -154,8 +166,3 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(str(v) for v in value)
     return str(value)
-
-
-def written(how: str, value: float | None) -> str:
-    """A number in a column, ``how`` as in :data:`analysis.figures.WRITTEN`; "-" for None."""
-    return "-" if value is None else IN_COLUMNS[how](value)

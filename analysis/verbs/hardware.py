@@ -28,19 +28,19 @@ def hardware(
 
     if name:
         # KIND=NAME has no colon, and neither is it a machine with options.
-        found = [find_hardware(*split_spec(name))]
+        listed = [find_hardware(*split_spec(name))]
     else:
-        found = [*list_hardware(), *(part for kind in PARTS for part in list_parts(kind))]
-    machines = [info for info in found if info.kind == "machine"]
+        listed = [*list_hardware(), *(part for kind in PARTS for part in list_parts(kind))]
+    machines = [info for info in listed if info.kind == "machine"]
     if as_json:
-        print_json(asdict(found[0]) if name else [asdict(info) for info in found])
+        print_json(asdict(listed[0]) if name else [asdict(info) for info in listed])
     elif quiet:
-        typer.echo("\n".join(info.spec for info in found))
+        typer.echo("\n".join(info.spec for info in listed))
     elif name:
-        typer.echo(f"{found[0].spec}: {found[0].line}")
-        print_table(hardware_values(found[0]))
+        typer.echo(f"{listed[0].spec}: {listed[0].line}")
+        print_table(hardware_values(listed[0]))
     else:
         print_table(machine_table(machines))
         typer.echo()
-        print_table(part_table([info for info in found if info not in machines]))
+        print_table(part_table([info for info in listed if info not in machines]))
         typer.echo(HOW)

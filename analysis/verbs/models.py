@@ -7,6 +7,7 @@ import typer
 from analysis.verbs import Json, Quiet, print_json, print_table
 
 GROUP = "Look"
+COLUMNS = ("name", "num_layers", "num_experts", "top_k", "hidden_size", "moe_intermediate_size", "expert_bytes")
 
 
 def models(
@@ -20,7 +21,8 @@ def models(
     """
     from dataclasses import asdict
 
-    from analysis.listings import model_table, model_values
+    from analysis.listings import values_table
+    from analysis.terminal import frame_table, plain
     from simulator.model_presets import load_model_spec, model_names
 
     specs = [load_model_spec(one) for one in ([name] if name else model_names())]
@@ -30,7 +32,10 @@ def models(
         typer.echo("\n".join(spec.name for spec in specs))
     elif name:
         typer.echo(f"{specs[0].name}: {specs[0].description}")
-        print_table(model_values(specs[0]))
+        print_table(
+            values_table([(key, plain(getattr(specs[0], key)), text) for key, text in specs[0].sources.items()])
+        )
     else:
-        print_table(model_table(specs))
+        rows = [[getattr(spec, column) for column in COLUMNS] for spec in specs]
+        print_table(frame_table(COLUMNS, rows, COLUMNS[:1], COLUMNS, folds=0))
         typer.echo("moetrace models NAME has every value and its source.")

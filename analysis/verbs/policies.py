@@ -14,13 +14,18 @@ def policies(as_json: Json = False, quiet: Quiet = False) -> None:
     """
     from dataclasses import asdict
 
-    from analysis.listings import policy_table
+    from analysis.terminal import frame_table
     from simulator.registry import list_policies
 
-    found = [(axis, policy) for axis in ("acceptance", "routing", "residency") for policy in list_policies(axis)]
+    listed = [(axis, policy) for axis in ("acceptance", "routing", "residency") for policy in list_policies(axis)]
     if as_json:
-        print_json([{"axis": axis, **asdict(policy)} for axis, policy in found])
+        print_json([{"axis": axis, **asdict(policy)} for axis, policy in listed])
     elif quiet:
-        typer.echo("\n".join(f"{axis} {policy.name}" for axis, policy in found))
+        typer.echo("\n".join(f"{axis} {policy.name}" for axis, policy in listed))
     else:
-        print_table(policy_table(found))
+        columns = ("axis", "name", "what it does", "parameters", "source")
+        rows = []
+        for axis, policy in listed:
+            parameters = ", ".join(k if v is None else f"{k}={v}" for k, v in policy.parameters.items())
+            rows.append((axis, policy.name, policy.line, parameters, policy.source))
+        print_table(frame_table(columns, rows, columns[:2], ("name", "axis", *columns[2:])))
