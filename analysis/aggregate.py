@@ -10,34 +10,13 @@ from typing import Any
 
 import polars as pl
 
+from analysis import figures
+
 MAX_ROWS = 2000
 MAX_SERIES = 12
 MAX_BARS = 36
 RECORDED = "recorded"
 TIMES = " × "
-
-FIGURES = (
-    "forwards",
-    "denoise_forwards",
-    "unique_experts",
-    "unique_experts_block",
-    "tokens_per_forward",
-    "tokens_per_forward_with_commit",
-    "assignments",
-    "hit_rate",
-    "expert_hit_rate",
-    "promotions",
-    "demotions",
-    "bytes_to_gpu",
-    "bytes_to_host",
-    "resident_bytes",
-    "working_set_bytes",
-    "gate_retained",
-    "latency_s",
-    "tokens_per_s",
-    "speedup",
-)
-"""The summary keys of a run that :func:`runs_frame` carries over; a missing key is null."""
 
 
 def policy_of(run: Mapping[str, Any], axis: str) -> tuple[str, dict[str, Any]]:
@@ -76,8 +55,8 @@ def runs_frame(document: Mapping[str, Any], without: frozenset[str] = frozenset(
 
     Columns: ``run`` i64; ``series`` (acceptance and routing), ``residency``, ``hardware``, ``label`` (the first two, and the
     third where it differs among the runs); ``routing_policy``, ``residency_policy``, ``acceptance_policy`` (bare names, for
-    colours); ``estimate``; ``ms_per_forward`` (latency over all forwards); ``unique_low``, ``unique_high`` (scenario
-    bounds); every key of :data:`FIGURES` as f64. Parameters named in ``without`` are left out of the names.
+    colours); ``estimate``; ``unique_low``, ``unique_high`` (scenario
+    bounds); every figure that is a number as f64. Parameters named in ``without`` are left out of the names.
     """
     runs = list(document.get("runs") or [])
     axes = {axis: [policy_of(run, axis) for run in runs] for axis in ("acceptance", "routing", "residency")}
@@ -91,7 +70,6 @@ def runs_frame(document: Mapping[str, Any], without: frozenset[str] = frozenset(
         acceptance, routing, residency = named["acceptance"][i], named["routing"][i], named["residency"][i]
         brought = axes["acceptance"][i][0] in (RECORDED, axes["routing"][i][0])
         series = routing if brought and len(pairs[routing]) == 1 else f"{acceptance} + {routing}"
-        summary = run.get("summary") or {}
         low, high = ((run.get("bounds") or {}).get("unique_experts")) or (None, None)
         machine = machines[i]
         rows.append(
@@ -107,18 +85,13 @@ def runs_frame(document: Mapping[str, Any], without: frozenset[str] = frozenset(
                 "estimate": bool(run.get("estimate")),
                 "unique_low": low,
                 "unique_high": high,
-                "ms_per_forward": _share(summary.get("latency_s"), summary.get("forwards"), 1e3),
-                **{key: summary.get(key) for key in FIGURES},
+                **figures.values(run.get("summary") or {}),
             }
         )
     names = ("series", "residency", "label", "hardware", "routing_policy", "residency_policy", "acceptance_policy")
     schema: dict[str, Any] = {"run": pl.Int64} | dict.fromkeys(names, pl.String) | {"estimate": pl.Boolean}
-    schema |= dict.fromkeys(("unique_low", "unique_high", "ms_per_forward", *FIGURES), pl.Float64)
+    schema |= dict.fromkeys(("unique_low", "unique_high", *figures.NUMBERS), pl.Float64)
     return pl.DataFrame(rows, schema=schema, strict=False)
-
-
-def _share(part: float | None, whole: float | None, scale: float) -> float | None:
-    return None if part is None or not whole else scale * part / whole
 
 
 def one_run_a_series(runs: pl.DataFrame) -> pl.DataFrame:

@@ -12,46 +12,33 @@ import altair as alt
 import polars as pl
 
 from analysis import theme
-from analysis.marks import bounded, broken, estimates, finish, lines, series, whole_numbers
+from analysis.figures import FIGURES
+from analysis.marks import bounded, broken, capital, estimates, finish, lines, series, tip, whole_numbers
 
 
 def unique_by_step(frame: pl.DataFrame) -> alt.TopLevelMixin:
     """Unique experts by step, a line a series. Columns: series, policy, step, unique_experts, forwards, estimate."""
-    chart = lines(
-        bounded(frame, "unique experts by step"),
-        alt.X("step:Q", title="denoise step inside the block", axis=whole_numbers(frame, "step")),
-        alt.Y("unique_experts:Q", title="unique experts a layer").scale(zero=True),
-        "series",
-        "policy",
-        "routing",
-        [
-            alt.Tooltip("series:N", title="routing"),
-            alt.Tooltip("step:Q", title="step"),
-            alt.Tooltip("unique_experts:Q", title="unique experts a layer", format=".2f"),
-            alt.Tooltip("forwards:Q", title="model calls averaged", format=","),
-        ],
-    )
+    x = alt.X("step:Q", title="denoise step inside the block", axis=whole_numbers(frame, "step"))
+    told = [alt.Tooltip("step:Q"), tip("unique_experts")]
+    told += [alt.Tooltip("forwards:Q", title="model calls averaged", format=",")]
     subtitle = "Mean over layers, requests and blocks; later steps exist only in the blocks that take that long."
-    return finish(chart, "Unique experts by denoise step", subtitle + estimates(frame))
+    return _unique_experts(frame, "denoise step", x, told, subtitle)
 
 
 def unique_by_layer(frame: pl.DataFrame) -> alt.TopLevelMixin:
     """Unique experts by layer, a line a series. Columns: series, policy, layer, unique_experts, estimate."""
+    x = alt.X("layer:Q", title="layer of the model", axis=whole_numbers(frame, "layer")).scale(zero=False)
+    told = [alt.Tooltip("layer:Q"), tip("unique_experts")]
+    return _unique_experts(frame, "layer", x, told, "Mean over denoise forwards; dense layers have no experts.")
+
+
+def _unique_experts(frame: pl.DataFrame, along: str, x: alt.X, told: list, subtitle: str) -> alt.TopLevelMixin:
+    y = alt.Y("unique_experts:Q", title=FIGURES["unique_experts"].title).scale(zero=True)
+    name = f"Unique experts by {along}"
     chart = lines(
-        bounded(frame, "unique experts by layer"),
-        alt.X("layer:Q", title="layer of the model", axis=whole_numbers(frame, "layer")).scale(zero=False),
-        alt.Y("unique_experts:Q", title="unique experts").scale(zero=True),
-        "series",
-        "policy",
-        "routing",
-        [
-            alt.Tooltip("series:N", title="routing"),
-            alt.Tooltip("layer:Q", title="layer"),
-            alt.Tooltip("unique_experts:Q", title="unique experts", format=".2f"),
-        ],
+        bounded(frame, name), x, y, "series", "policy", "routing", [alt.Tooltip("series:N", title="routing"), *told]
     )
-    subtitle = "Mean over denoise forwards; dense layers have no experts."
-    return finish(chart, "Unique experts by layer", subtitle + estimates(frame))
+    return finish(chart, name, subtitle + estimates(frame))
 
 
 def block_progress(frame: pl.DataFrame) -> alt.TopLevelMixin:
@@ -108,33 +95,32 @@ def load_by_rank(frame: pl.DataFrame) -> alt.TopLevelMixin:
     return finish(chart, "Load of the experts by layer", subtitle, height=max(200, min(480, 26 * len(layers))))
 
 
-def hit_rate(frame: pl.DataFrame) -> alt.TopLevelMixin:
-    """Hit rate by residency and routing, grouped bars. Columns: those of runs_frame."""
-    bars = bounded(frame.drop_nulls("hit_rate"), "hit rates")
-    colour, _, _ = series(bars, "series", "routing_policy", "routing")
-    places = bars["residency"].unique(maintain_order=True).to_list()
+def bars(frame: pl.DataFrame, figure: str, *more: str) -> alt.TopLevelMixin:
+    """A share by residency and routing, grouped bars; ``more`` figures are told beside. Columns: those of runs_frame."""
+    shown = FIGURES[figure]
+    rows = bounded(frame.drop_nulls(figure), shown.heading)
+    colour, _, _ = series(rows, "series", "routing_policy", "routing")
+    places = rows["residency"].unique(maintain_order=True).to_list()
     axis, room = broken(places)
+    share = alt.Axis(format="%", tickCount=5)
     chart = (
-        alt.Chart(bars)
+        alt.Chart(rows)
         .mark_bar()
         .encode(
-            x=alt.X("hit_rate:Q", title="hit rate, token-slots", axis=alt.Axis(format="%", tickCount=5)).scale(
-                domain=[0, 1]
-            ),
+            x=alt.X(f"{figure}:Q", title=shown.title, axis=share).scale(domain=[0, 1]),
             y=alt.Y("residency:N", title=None, sort=places, axis=axis),
             yOffset=alt.YOffset("series:N", sort=None),
             color=colour,
             tooltip=[
                 alt.Tooltip("residency:N"),
                 alt.Tooltip("series:N", title="routing"),
-                alt.Tooltip("hit_rate:Q", title="hit rate, token-slots", format=".1%"),
-                alt.Tooltip("expert_hit_rate:Q", title="hit rate, experts", format=".1%"),
+                *(tip(name) for name in (figure, *more)),
             ],
         )
     )
-    height = len(places) * max(room, 14 * bars["series"].n_unique() + 8)
-    subtitle = "Token-slots whose expert was in fast memory when needed, over all forwards."
-    return finish(chart, "Hit rate by residency and routing", subtitle + estimates(bars), height)
+    height = len(places) * max(room, 14 * rows["series"].n_unique() + 8)
+    subtitle = f"{capital(shown.meaning)}, over all forwards."
+    return finish(chart, f"{capital(shown.heading)} by residency and routing", subtitle + estimates(rows), height)
 
 
 def latency(frame: pl.DataFrame) -> alt.TopLevelMixin:
@@ -203,16 +189,18 @@ def tradeoff(frame: pl.DataFrame) -> alt.TopLevelMixin:
     colour, _, shape = series(rows, "series", "routing_policy", "routing")
     # From a round 5 percent under the least to all of it.
     floor = max(0.0, math.floor(20 * min(rows["gate_retained"].to_list(), default=1.0) - 0.5) / 20)
-    y = alt.Y("gate_retained:Q", title="gate weight retained", axis=alt.Axis(format="%")).scale(domain=[floor, 1])
+    y = alt.Y("gate_retained:Q", title=FIGURES["gate_retained"].title, axis=alt.Axis(format="%")).scale(
+        domain=[floor, 1]
+    )
     base = alt.Chart(rows).encode(y=y, color=colour)
-    x = alt.X("unique_experts:Q", title="unique experts a layer").scale(zero=True)
+    x = alt.X("unique_experts:Q", title=FIGURES["unique_experts"].title).scale(zero=True)
     points = base.mark_point(size=110, filled=True).encode(
         x=x,
         shape=shape,
         tooltip=[
             alt.Tooltip("series:N", title="routing"),
-            alt.Tooltip("unique_experts:Q", title="unique experts a layer", format=".2f"),
-            alt.Tooltip("gate_retained:Q", title="gate weight retained", format=".1%"),
+            tip("unique_experts"),
+            tip("gate_retained"),
             alt.Tooltip("unique_low:Q", title="scenario bound, low", format=".2f"),
             alt.Tooltip("unique_high:Q", title="scenario bound, high", format=".2f"),
         ],
@@ -227,33 +215,23 @@ def tradeoff(frame: pl.DataFrame) -> alt.TopLevelMixin:
     )
 
 
-AXES = {
-    "hit_rate": ("hit rate, token-slots", "%"),
-    "bytes_to_gpu": ("moved to the GPU, bytes", "~s"),
-    "tokens_per_s": ("tokens a second (estimate)", "~s"),
-    "latency_s": ("latency, seconds (estimate)", "~s"),
-    "unique_experts": ("unique experts a layer", "~g"),
-}
+PARAMETERS = {"budget": "budget, experts a layer", "refresh_interval": "refresh interval, denoise steps"}
 
 
-def by_parameter(frame: pl.DataFrame, parameter: str, figure: str = "hit_rate") -> alt.TopLevelMixin:
-    """One summary figure against a residency parameter, a line a pair of policies. Columns: those of aggregate.by_parameter."""
-    title, number = AXES.get(figure, (figure, "~g"))
-    named = {"budget": "budget, experts a layer", "refresh_interval": "refresh interval, denoise steps"}
+def by_parameter(frame: pl.DataFrame, parameter: str, figure: str) -> alt.TopLevelMixin:
+    """One figure against a residency parameter, a line a pair of policies. Columns: those of aggregate.by_parameter."""
+    title, named = FIGURES[figure].title, PARAMETERS.get(parameter, parameter)
+    number = {"percent": "%", "two": "~g"}.get(FIGURES[figure].written, "~s")
     return finish(
         lines(
             bounded(frame.drop_nulls(figure), f"{figure} by {parameter}"),
-            alt.X("value:Q", title=named.get(parameter, parameter), axis=whole_numbers(frame, "value")),
+            alt.X("value:Q", title=named, axis=whole_numbers(frame, "value")),
             alt.Y(f"{figure}:Q", title=title, axis=alt.Axis(format=number)).scale(zero=True),
             "line",
             "residency_policy",
             "run",
-            [
-                alt.Tooltip("line:N", title="run"),
-                alt.Tooltip("value:Q", title=parameter),
-                alt.Tooltip(f"{figure}:Q", title=title, format=".1%" if number == "%" else ",.4g"),
-            ],
+            [alt.Tooltip("line:N", title="run"), alt.Tooltip("value:Q", title=parameter), tip(figure)],
         ),
-        f"{title.split(',')[0].capitalize()} by {named.get(parameter, parameter).split(',')[0]}",
+        f"{capital(title.split(',')[0])} by {named.split(',')[0]}",
         "One line a pair of policies, one point a run." + estimates(frame, "line"),
     )

@@ -9,11 +9,13 @@ import altair as alt
 import polars as pl
 
 from analysis import theme
-from analysis.marks import SHAPES, bounded, broken, finish, whole_numbers
+from analysis.figures import shown_in
+from analysis.marks import SHAPES, bounded, broken, finish, tip, whole_numbers
 
 PROGRAM, MEMORYLESS, BEST = "program, measured", "program, memoryless", "fastest replay"
 COLOURS = {PROGRAM: theme.VERMILLION, MEMORYLESS: theme.PURPLE, BEST: theme.BLUE}
 X = "refresh interval, denoise steps"
+TOLD = [figure.name for figure in shown_in("interval")]
 
 
 def _chosen(result: Any) -> dict[str, int]:
@@ -67,12 +69,8 @@ def objective(result: Any) -> alt.TopLevelMixin:
 
 def latency(result: Any) -> alt.TopLevelMixin:
     """Replayed latency by interval, with a mark at each choice."""
-    frame = bounded(result.frame, "intervals").select("refresh_interval", "latency_s", "hit_rate")
-    tooltip = [
-        alt.Tooltip("refresh_interval:Q", title="interval"),
-        alt.Tooltip("latency_s:Q", title="seconds", format=".4g"),
-        alt.Tooltip("hit_rate:Q", title="hit rate", format=".1%"),
-    ]
+    frame = bounded(result.frame, "intervals").select("refresh_interval", *TOLD)
+    tooltip = [alt.Tooltip("refresh_interval:Q", title="interval"), *map(tip, TOLD)]
     x = _x(frame)
     y = alt.Y("latency_s:Q", title="seconds for the trace (estimate)").scale(zero=False)
     line = alt.Chart(frame).mark_line(color=theme.GREY).encode(x=x, y=y, tooltip=tooltip)
@@ -113,6 +111,6 @@ ALL: tuple[Callable[[Any], alt.TopLevelMixin], ...] = (objective, latency, regre
 
 def _at_choices(result: Any) -> pl.DataFrame:
     chosen = pl.DataFrame({"choice": list(COLOURS), "refresh_interval": list(_chosen(result).values())})
-    names = ("refresh_interval", "latency_s", "hit_rate", "slowdown")
+    names = ("refresh_interval", "slowdown", *TOLD)
     found = chosen.join(result.frame.select(names), on="refresh_interval", how="left", maintain_order="left")
     return found.with_columns(pl.format("{}: {}", "choice", "refresh_interval").alias("label"))

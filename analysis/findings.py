@@ -9,7 +9,7 @@ import polars as pl
 
 from analysis import theme
 from analysis.aggregate import one_run_a_series, runs_frame
-from analysis.page import size
+from analysis.figures import size
 from analysis.summary import TraceSummary
 
 MAX_COMPARED = 3

@@ -1,15 +1,13 @@
-"""Policies, machines, their parts and models as lists, and one of the latter with the source of every value."""
+"""Machines and their parts as lists, and anything with the source of its every value."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from analysis.tables import Sheet
-from analysis.terminal import frame_table, plain
-from simulator.model_presets import ModelSpec
+from analysis.terminal import frame_table
 from simulator.presets import HardwareInfo
-from simulator.registry import PolicyInfo
 
 HOW = (
     "moetrace hardware NAME has the source of every value, of a part as gpu=h200. In --hardware a machine takes other "
@@ -45,17 +43,6 @@ SHORT = {
     "h2d_bytes_per_s": "bus {}",
 }
 """What a list says of a part."""
-MODEL_COLUMNS = ("name", "num_layers", "num_experts", "top_k", "hidden_size", "moe_intermediate_size", "expert_bytes")
-
-
-def policy_table(policies: Iterable[tuple[str, PolicyInfo]]) -> Sheet:
-    """One row a policy: its axis, name, what it does, parameters with defaults, source."""
-    rows = []
-    for axis, policy in policies:
-        named = ", ".join(k if v is None else f"{k}={v}" for k, v in policy.parameters.items())
-        rows.append((axis, policy.name, policy.line, named, policy.source))
-    columns = ("axis", "name", "what it does", "parameters", "source")
-    return frame_table(columns, rows, columns[:2], ("name", "axis", *columns[2:]))
 
 
 def machine_table(machines: Sequence[HardwareInfo]) -> Sheet:
@@ -73,21 +60,9 @@ def part_table(parts: Sequence[HardwareInfo]) -> Sheet:
     return frame_table(("part", "what it is", "values"), rows, ("part", "what it is", "values"))
 
 
-def model_table(models: Sequence[ModelSpec]) -> Sheet:
-    """One row a model: its geometry."""
-    rows = [[getattr(spec, column) for column in MODEL_COLUMNS] for spec in models]
-    return frame_table(MODEL_COLUMNS, rows, MODEL_COLUMNS[:1], MODEL_COLUMNS, folds=0)
-
-
 def hardware_values(info: HardwareInfo) -> Sheet:
     """Every value of a machine or part with its source."""
-    rows = [(key, amount(key, value), info.sources[key]) for key, value in info.values.items()]
-    return _sources(rows)
-
-
-def model_values(spec: ModelSpec) -> Sheet:
-    """Every value of a model with its source."""
-    return _sources([(key, plain(getattr(spec, key)), source) for key, source in spec.sources.items()])
+    return values_table([(key, amount(key, value), info.sources[key]) for key, value in info.values.items()])
 
 
 def amount(key: str, value: float) -> str:
@@ -96,7 +71,8 @@ def amount(key: str, value: float) -> str:
     return f"{value / scale:,.6g} {unit}"
 
 
-def _sources(rows: Sequence[Sequence[Any]]) -> Sheet:
+def values_table(rows: Sequence[Sequence[Any]]) -> Sheet:
+    """(name, value, source), one row a value."""
     columns = ("value", "is", "source")
     sheet = frame_table(columns, rows, columns)
     sheet.columns = [*frame_table(columns[:2], [row[:2] for row in rows], folds=0).columns, sheet.columns[2]]

@@ -9,6 +9,7 @@ import polars as pl
 
 from analysis import theme
 from analysis.aggregate import MAX_ROWS
+from analysis.figures import FIGURES
 from tracer.errors import UserError
 
 SUBTITLE = 96
@@ -63,6 +64,18 @@ def broken(labels: list[str]) -> tuple[alt.Axis, int]:
     count = max((1 + label.count(", ") + label.count(" × ") for label in labels), default=1)
     expression = "split(replace(datum.label, regexp(', | × ', 'g'), '\\n'), '\\n')"
     return alt.Axis(labelExpr=expression, labelOffset=-6.5 * (count - 1)), 13 * count + 10
+
+
+def tip(name: str) -> alt.Tooltip:
+    """A figure in a tooltip."""
+    figure = FIGURES[name]
+    number = {"percent": ".1%", "two": ".2f"}.get(figure.written, ",.4g")
+    return alt.Tooltip(f"{name}:Q", title=figure.title, format=number)
+
+
+def capital(words: str) -> str:
+    """Words as they begin a sentence."""
+    return words[:1].upper() + words[1:]
 
 
 def lines(frame: pl.DataFrame, x: alt.X, y: alt.Y, name: str, policy: str, title: str, tooltip: list) -> alt.LayerChart:

@@ -21,7 +21,7 @@ from typing import Any
 
 import altair as alt
 
-from analysis import theme
+from analysis import figures, theme
 
 Cell = str | int | float | bool | None
 
@@ -147,24 +147,8 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def size(count: float) -> str:
-    """Bytes with a decimal unit, 1 MB = 10^6 bytes."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-WRITTEN = {
-    "count": lambda value: f"{value:,.0f}",
-    "two": lambda value: f"{value:,.2f}",
-    "three": lambda value: f"{value:,.3f}",
-    "percent": lambda value: f"{100 * value:.1f}%",
-    "size": size,
-    "times": lambda value: f"{value:.2f}×",
-    "text": plain,
-}
+WRITTEN = {**figures.WRITTEN, "text": plain}
+"""How the values of a column are written."""
 
 
 def _number_class(column: Column) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from analysis import aggregate, charts, findings
+from analysis import aggregate, charts, figures, findings
+from analysis.figures import size
 from analysis.findings_consistency import consistency_findings
-from analysis.page import Column, Page, bullets, facts, heading, pair, paragraph, size, table
+from analysis.page import Column, Page, bullets, facts, heading, pair, paragraph, table
 from analysis.sections_seeds import Recordings
 from analysis.sections_seeds import findings as across
 from analysis.summary import ReplaySummary, TraceSummary
@@ -31,16 +32,7 @@ RUN_COLUMNS = (
     ),
     ("residency", Column("residency", meaning="which experts are in fast memory")),
     ("hardware", Column("hardware", meaning="preset the latency is estimated on")),
-    ("unique_experts", Column("experts", "two", "unique experts a layer, mean over denoise forwards and layers")),
-    ("tokens_per_forward", Column("tokens / fwd", "two", "accepted tokens over denoise forwards")),
-    ("gate_retained", Column("gate kept", "percent", "share of the vanilla gate weight still selected; not accuracy")),
-    ("hit_rate", Column("hit rate", "percent", "token-slots whose expert was in fast memory when needed")),
-    ("bytes_to_gpu", Column("to GPU", "size", "expert weights copied to the GPU, all forwards")),
-    ("working_set_bytes", Column("working set", "size", "expert weights a forward needs, mean")),
-    ("resident_bytes", Column("resident", "size", "expert weights in fast memory, at most")),
-    ("ms_per_forward", Column("ms / fwd", "three", "estimate, mean over all forwards")),
-    ("tokens_per_s", Column("tokens/s", "count", "estimate")),
-    ("speedup", Column("speed-up", "times", "estimate, against the first run")),
+    *((figure.name, Column(figure.heading, figure.written, figure.meaning)) for figure in figures.shown_in("page")),
 )
 
 
@@ -207,7 +199,7 @@ def residency(out: Page, replayed: Sequence[Replayed]) -> None:
             continue
         some, every = (frame.select("series", "residency").n_unique() for frame in (runs, r.runs))
         note = f"{some} of {every} pairs are drawn; the table lists all." if some < every else ""
-        drawn = [out.chart(charts.hit_rate(hits), note)]
+        drawn = [out.chart(charts.bars(hits, "hit_rate", "expert_hit_rate"), note)]
         if runs["bytes_to_gpu"].sum():
             drawn.append(out.chart(charts.traffic(runs), note))
         else:

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from analysis import charts_interval
+from analysis.figures import shown_in
 from analysis.page import Column, Page, bullets, heading, pair, paragraph, table
 from analysis.summary import TraceSummary
 
@@ -18,10 +19,8 @@ NONE = (
 INTERVALS = (
     Column("choice", meaning="what chooses the interval"),
     Column("interval", "count", "refresh interval, denoise steps"),
-    Column("latency, s", "three", "estimate, replayed at that interval"),
     Column("slower than the best", "percent", "the regret"),
-    Column("hit rate", "percent", "token-slots whose expert was in fast memory when needed"),
-    Column("to GPU", "size", "expert weights copied to the GPU"),
+    *(Column(figure.heading, figure.written, figure.meaning) for figure in shown_in("interval")),
 )
 CHOICES = {
     "program": "TIDE's program, misses measured",
@@ -59,6 +58,6 @@ def _choice_rows(result: Any) -> list[list[Any]]:
     rows = []
     for name, words in CHOICES.items():
         found = frame.filter(pl.col("refresh_interval") == getattr(result, name)).row(0, named=True)
-        keys = ("refresh_interval", "latency_s", "slowdown", "hit_rate", "bytes_to_gpu")
+        keys = ("refresh_interval", "slowdown", *(figure.name for figure in shown_in("interval")))
         rows.append([words, *(found[key] for key in keys)])
     return rows

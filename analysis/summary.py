@@ -115,7 +115,7 @@ def summarise_trace(trace: Any, name: str | None = None) -> TraceSummary:
 
 
 def summarise_replay(result: Any) -> ReplaySummary:
-    """Document, cells and forwards of what ``simulator.replay.replay`` returns."""
+    """Document, cells and forwards of what ``simulator.replay`` returns."""
     return ReplaySummary(document=result.to_json(), cells=result.cells, forwards=result.forwards)
 
 

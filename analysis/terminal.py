@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from analysis import figures
 from analysis.curves import null_words
+from analysis.figures import BY_RANK, WRITTEN, Figure
 from analysis.tables import TEXT, Column, Sheet
 
-ALL_KINDS = "_all_forwards"
-"""Ending of figures over forwards of every kind; those without it are over denoise forwards."""
+if TYPE_CHECKING:
+    import polars as pl
+
 RUN_KEYS = ("trace", "routing", "residency", "hardware")
-RUN_FIGURES = (
-    "experts/layer",
-    "tokens/forward",
-    "held",
-    "hit rate",
-    "to GPU",
-    "gate kept",
-    "ms/forward",
-    "tokens/s",
-    "speed-up",
-)
-RUN_ORDER = (
-    "residency", "routing", "speed-up", "experts/layer", "tokens/forward", "hit rate", "tokens/s", "gate kept", "held",
-    "ms/forward", "to GPU", "hardware", "trace",
-)  # fmt: skip
-INTERVAL_ORDER = (
-    "refresh_interval", "latency_s", "slowdown", "objective", "hit_rate", "extra_misses", "bytes_to_gpu", "promotions",
-    "objective_memoryless", "expert_hit_rate", "extra_misses_memoryless", "bytes_to_host",
-)  # fmt: skip
-SWEEP_COLUMNS = (
-    "routing", "residency", "hardware", "estimate", "unique_experts", "unique_experts_all_forwards",
-    "tokens_per_forward", "hit_rate", "bytes_to_gpu",
-    "cpu_tokens", "resident_bytes", "gate_retained", "latency_s", "tokens_per_s", "speedup",
-)  # fmt: skip
-SWEEP_ORDER = (
-    "residency", "routing", "speedup", "latency_s", "hit_rate", "unique_experts", "unique_experts_all_forwards",
-    "tokens_per_forward", "gate_retained",
-    "resident_bytes", "tokens_per_s", "bytes_to_gpu", "cpu_tokens", "estimate", "hardware",
-)  # fmt: skip
+_FASTEST = ("refresh_interval", "latency_s", "slowdown", "objective")
+_REPLAYED = (figure.name for figure in BY_RANK if "interval" in figure.shown and figure.name not in _FASTEST)
+INTERVAL_ORDER = (*_FASTEST, *_REPLAYED, "extra_misses", "promotions", "objective_memoryless")
+SWEEP_KEYS = ("routing", "residency", "hardware", "estimate")
+# In a column of the terminal amounts are to be compared at a glance: one unit in all rows.
+IN_COLUMNS = WRITTEN | {
+    "text": str,
+    "word": str,
+    "times": WRITTEN["two"],
+    "size": lambda value: f"{value / 1e6:.1f} MB",
+    "MB": lambda value: f"{value / 1e6:,.2f}",
+}
+"""How values are written; "word" is a text that is set to the right and never folded."""
 
 
 def facts_table(facts: Mapping[str, Any]) -> Sheet:
@@ -52,92 +39,101 @@ def facts_table(facts: Mapping[str, Any]) -> Sheet:
 
 
 def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> Sheet:
-    """The figures people compare, one row a run, estimates in italics; see :func:`every_kind` for runs that denoise nothing.
+    """The figures people compare, one row a run, estimates in italics.
 
     Parameters
     ----------
     results : sequence
         (trace name, specs of each run as typed, ReplayResult).
     """
-    rows: list[Sequence[str]] = []
-    styles = []
+    shown = figures.shown_in("terminal")
+    rows, estimates = [], []
     for trace, names, result in results:
-        for specs, run in zip(names, result.to_json()["runs"], strict=True):
-            summary = run["summary"]
-            latency = summary["latency_s"]
-            rows.append(
-                (
-                    trace,
-                    *specs,
-                    run["hardware"] or "-",
-                    figure(summary[f"unique_experts{ALL_KINDS if every_kind(summary) else ''}"], 2),
-                    figure(summary["tokens_per_forward"], 2),
-                    f"{summary['resident_bytes'] / 1e6:.1f} MB",
-                    percent(summary["hit_rate"]),
-                    f"{summary['bytes_to_gpu'] / 1e6:.1f} MB",
-                    percent(summary["gate_retained"]),
-                    "-" if latency is None else f"{latency / max(summary['forwards'], 1) * 1e3:.3f}",
-                    figure(summary["tokens_per_s"], 0),
-                    figure(summary["speedup"], 2),
-                )
-            )
-            styles.append("italic" if run["estimate"] else None)
-    columns = [Column(name, folds=TEXT) for name in RUN_KEYS] + [Column(name, right=True) for name in RUN_FIGURES]
-    return Sheet(columns, rows, RUN_KEYS, RUN_ORDER, styles)
+        for specs, run in zip(names, result.runs, strict=True):
+            values = figures.values(run.summary)
+            rows.append((trace, *specs, run.hardware, *(values[stand_in(figure, values)] for figure in shown)))
+            estimates.append(run.estimate)
+    columns = dict.fromkeys(RUN_KEYS, "text") | {figure.heading: figure.written for figure in shown}
+    order = ("residency", "routing", *(figure.heading for figure in BY_RANK if figure in shown), "hardware", "trace")
+    return sheet(columns, rows, RUN_KEYS, order, estimates)
 
 
-def every_kind(summary: Mapping[str, Any]) -> bool:
-    """Whether experts a layer are to be told over forwards of every kind, as none of a run's denoises."""
-    return summary["unique_experts"] is None and summary.get(f"unique_experts{ALL_KINDS}") is not None
+def stand_in(figure: Figure, values: Mapping[str, Any]) -> str:
+    """The figure to show in a figure's place: another where nothing denoises."""
+    absent = values.get(figure.name) is None and values.get(figure.instead) is not None
+    return figure.instead if absent else figure.name
+
+
+def stood_in(summary: Mapping[str, Any]) -> list[str]:
+    """Headings of the figures in whose place :func:`run_table` shows another."""
+    return [f.heading for f in figures.shown_in("terminal") if stand_in(f, summary) != f.name]
+
+
+def front_table(front: pl.DataFrame) -> Sheet:
+    """The Pareto front of a sweep, one row a run, figures that none of them has left out."""
+    known = {name for name in front.columns if front[name].null_count() < front.height}
+    shown = figures.shown_in("sweep")
+    spare = {figure.instead for figure in shown if figure.name in known}
+    columns = [name for name in (*SWEEP_KEYS, *(figure.name for figure in shown)) if name in known - spare]
+    order = ("residency", "routing", *(figure.name for figure in BY_RANK), "estimate", "hardware")
+    return frame_table(columns, front.select(columns).iter_rows(), SWEEP_KEYS[:3], order)
 
 
 def headline_table(rows: Iterable[Mapping[str, Any]]) -> Sheet:
     """Consistency figures with their interval and the null hardest to beat."""
-    found: list[Sequence[str]] = []
-    for row in rows:
-        low, high = row["low"], row["high"]
-        beats = row["beats_null"]
-        found.append(
-            (
-                row["figure"],
-                figure(row["value"], 3),
-                "-" if low is None else f"{low:.3f} .. {high:.3f}",
-                figure(row["null"], 3),
-                "-" if beats is None else "yes" if beats else "no",
-                null_words(row["frame"], row["null_name"]) if row["null_name"] else "-",
-            )
+    columns = {
+        "figure": "text", "value": "three", "95% interval": "word", "null": "three", "beats it": "word", "null is": "text",
+    }  # fmt: skip
+    told = [
+        (
+            row["figure"],
+            row["value"],
+            None if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}",
+            row["null"],
+            {True: "yes", False: "no"}.get(row["beats_null"]),
+            null_words(row["frame"], row["null_name"]) if row["null_name"] else None,
         )
-    figures = [Column(name, right=True) for name in ("value", "95% interval", "null", "beats it")]
-    columns = [Column("figure", folds=TEXT), *figures, Column("null is", folds=TEXT)]
-    order = ("figure", "value", "null", "95% interval", "beats it", "null is")
-    return Sheet(columns, found, ("figure",), order)
+        for row in rows
+    ]
+    return sheet(columns, told, ("figure",), ("figure", "value", "null", "95% interval", "beats it", "null is"))
 
 
-def parallel_table(specs: Iterable[str], runs: Iterable[Mapping[str, Any]], kinds: str = "") -> Sheet:
-    """Loads of expert-parallel groups, one row a group, estimates in italics; megabytes of weights read a forward and layer.
+def parallel_table(specs: Iterable[str], runs: Sequence[Mapping[str, Any]], kinds: str = "") -> Sheet:
+    """Loads of expert-parallel groups, one row a group, estimates in italics; bytes of weights read a forward and layer.
 
     ``specs`` are the routing policies as typed, ``kinds`` the suffix of the figures to show.
     """
-    rows: list[Sequence[str]] = []
-    styles = []
-    for spec, run in zip(specs, runs, strict=True):
-        sizes = [run[f"{key}{kinds}"] for key in ("mean_bytes", "max_bytes")]
-        rows.append(
-            (
-                spec,
-                str(run["gpus"]),
-                run["placement"],
-                figure(run[f"imbalance{kinds}"], 2),
-                percent(run[f"busy{kinds}"]),
-                *(figure(None if size is None else size / 1e6, 2) for size in sizes),
-            )
-        )
-        styles.append("italic" if run["estimate"] else None)
-    figures = [Column(name, right=True) for name in ("imbalance", "busy", "MB a GPU", "MB the fullest")]
-    columns = [Column("routing", folds=TEXT), Column("GPUs", right=True), Column("placement"), *figures]
+    columns = {
+        "routing": "text", "GPUs": "count", "placement": "text", "imbalance": "two", "busy": "percent", "MB a GPU": "MB",
+        "MB the fullest": "MB",
+    }  # fmt: skip
+    figures = [f"{name}{kinds}" for name in ("imbalance", "busy", "mean_bytes", "max_bytes")]
+    rows = [
+        (spec, run["gpus"], run["placement"], *(run[figure] for figure in figures))
+        for spec, run in zip(specs, runs, strict=True)
+    ]
     keys = ("routing", "GPUs", "placement")
     order = (*keys[::-1], "imbalance", "busy", "MB the fullest", "MB a GPU")
-    return Sheet(columns, rows, keys, order, styles)
+    return sheet(columns, rows, keys, order, [run["estimate"] for run in runs])
+
+
+def sheet(
+    columns: Mapping[str, str],
+    rows: Iterable[Sequence[Any]],
+    keys: Sequence[str],
+    order: Sequence[str],
+    estimates: Sequence[bool] = (),
+) -> Sheet:
+    """A table of values; ``columns`` says how those under each heading are written, a key of :data:`IN_COLUMNS`.
+
+    Rows that are estimates are set in italics; ``keys`` and ``order`` as of a ``Sheet``.
+    """
+    heads = [Column(name, right=how != "text", folds=TEXT if how == "text" else 0) for name, how in columns.items()]
+    texts: list[Sequence[str]] = [
+        ["-" if value is None else IN_COLUMNS[how](value) for how, value in zip(columns.values(), row, strict=True)]
+        for row in rows
+    ]
+    return Sheet(heads, texts, keys, order, ["italic" if estimate else None for estimate in estimates])
 
 
 def frame_table(
@@ -170,13 +166,3 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(str(v) for v in value)
     return str(value)
-
-
-def figure(value: float | None, digits: int) -> str:
-    """A number with a fixed number of digits, "-" for None."""
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def percent(value: float | None) -> str:
-    """A share as percent, "-" for None."""
-    return "-" if value is None else f"{100 * value:.1f}%"

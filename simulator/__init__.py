@@ -1,25 +1,18 @@
-"""Replay traces under other policies, budgets and machines. The names a user needs, each imported when first asked for."""
+"""Replay traces under other policies, budgets and machines.
 
-from __future__ import annotations
+* ``replay(trace, routing, residency, hardware)`` answers with runs, ``sweep`` with a table of many;
+* ``find_interval`` chooses TIDE's refresh interval, ``parallel_runs`` loads groups of GPUs;
+* ``load_policy(axis, spec)`` makes a policy of its spec.
+"""
 
-from importlib import import_module
-from typing import Any
+from tracer.packages import offered
 
-_HOME = {
+_HOMES = {
+    "find_interval": "simulator.interval",
+    "load_policy": "simulator.registry",
+    "parallel_runs": "simulator.parallel",
     "replay": "simulator.replaying",
     "sweep": "simulator.sweeping",
-    "find_interval": "simulator.interval",
-    "parallel_runs": "simulator.parallel",
-    "load_policy": "simulator.registry",
 }
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__ = list(_HOMES)
+__getattr__ = offered(__name__, _HOMES)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.spec import unknown
-from tracer.errors import UserError
+from tracer.errors import UserError, unknown
 
 PLACEMENTS = ("contiguous", "round_robin", "balanced")
 

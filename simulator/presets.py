@@ -17,8 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from simulator.preset_files import Text, preset_model, read_preset
-from simulator.spec import unknown
-from tracer.errors import UserError
+from tracer.errors import UserError, unknown
 
 FOLDER = Path(__file__).parent / "presets" / "hardware"
 BUS = ("h2d_bytes_per_s", "d2h_bytes_per_s")

@@ -29,8 +29,7 @@ from simulator.measuring.host import (
     threads,
 )
 from simulator.presets import MEASURED, PARTS, part_names
-from simulator.spec import unknown
-from tracer.errors import UserError
+from tracer.errors import UserError, unknown
 
 Progress = Callable[[int, int], None]
 STEPS = 5

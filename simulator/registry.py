@@ -20,8 +20,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from simulator.spec import parse, split, unknown, write
-from tracer.errors import UserError
+from simulator.spec import parse, split, write
+from tracer.errors import UserError, unknown
 
 AXES = {"routing": "select", "residency": "place", "acceptance": "unroll"}
 

@@ -7,7 +7,6 @@ these: ``tide:refresh_interval=1..31,budget=32|64`` stands for 62 specs. The nam
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from itertools import product
@@ -77,14 +76,6 @@ def write(name: str, parameters: Mapping[str, Any]) -> str:
     told = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in parameters.items()]
     shown = [item for item, value in zip(told, parameters.values(), strict=True) if value is not None]
     return f"{name}:{','.join(shown)}" if shown else name
-
-
-def unknown(what: str, name: str, known: Iterable[str], otherwise: str = "") -> UserError:
-    """What to answer to a name that is none: the nearest known one, and all there are; ``otherwise`` what else may be given."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, 1)
-    meant = f" (did you mean {near[0]}?)" if near else ""
-    return UserError(f"There is no {what} {name!r}{meant}; there are {', '.join(known) or 'none'}{otherwise}.")
 
 
 def expand(spec: str) -> list[str]:

@@ -23,7 +23,7 @@ import torch
 from tests.tiny_models import block_causal
 from tracer.decode import decode_llada2, decode_sdar
 from tracer.models import load_model
-from tracer.record import record
+from tracer.recording.context import record
 
 # CPU seconds a figure may take; eight figures, about a minute in all
 SECONDS = 8.0

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from analysis.tables import laid_out
 from cli import app
 from tests.tracer.test_import_bigmoe import rows, write
-from tracer.check import check
+from tracer.checking import check
 from tracer.parquet import open_trace
 
 ROOT = Path(__file__).parent.parent
@@ -200,6 +200,38 @@ def test_capture_refuses_a_folder_that_cannot_be_made(tmp_path):
 )
 def test_replay_refuses_in_a_sentence(args, says, trace):
     assert says in refused("replay", trace, *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "nearest"),
+    [
+        (["repaly"], "replay"),
+        (["import", "bigmo", "a.csv", "--out", "a.trace"], "bigmoe"),
+        (["models", "llada2-mni"], "llada2-mini"),
+        (["hardware", "gpu=h20"], "h200"),
+    ],
+)
+def test_the_nearest_known_name_is_told(args, nearest):
+    assert f"did you mean {nearest}?" in refused(*args)
+
+
+def test_the_nearest_known_policy_is_told(trace):
+    assert "did you mean vanilla?" in refused("replay", trace, "--routing", "vanila")
+    assert "did you mean tide?" in refused("sweep", trace, "--residency", "tid:budget=4", "--out", "never.parquet")
+    assert "did you mean h100-pcie5?" in refused("replay", trace, "--hardware", "h100-pci5")
+    assert "did you mean balanced?" in refused("parallel", trace, "--placement", "balance")
+
+
+def test_completion_is_on_and_knows_the_verbs():
+    environment = {"_MOETRACE_COMPLETE": "complete_bash", "COMP_WORDS": "moetrace re", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(app, [], prog_name="moetrace", env=environment)
+    assert result.stdout.split() == ["replay", "report"], (result.output, result.exception)
+    assert "--install-completion" in run("--help").stdout
+
+
+def test_every_verb_stands_under_a_heading_of_the_help():
+    listed = [line.split()[0] for line in run("--help").stdout.split("Record:")[1].splitlines() if line[:2] == "  "]
+    assert sorted(listed) == sorted(get_command(app).commands)
 
 
 def test_missing_trace(tmp_path):

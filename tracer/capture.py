@@ -16,7 +16,8 @@ from tracer.decode import decode_llada2, decode_own, decode_sdar
 from tracer.files.folder import last_state
 from tracer.files.writer import TraceWriter
 from tracer.meta import read_meta
-from tracer.record import Recorder, record
+from tracer.recording.context import record
+from tracer.recording.recorder import Recorder
 
 SMALL_MODEL = 50_000_000
 

@@ -62,7 +62,7 @@ def decode_llada2(
         Stop inside a block, as soon as an accepted end token has no masked position before it.
     on_step : callable, optional
         Called with a :class:`Step` after every model call.
-    recorder : tracer.record.Recorder, optional
+    recorder : tracer.recording.recorder.Recorder, optional
         Is told kind, block, step, predictions and acceptance of every call.
 
     Raises

@@ -73,7 +73,7 @@ def every_chart(seed=0):
         "unique_by_layer": charts.unique_by_layer(aggregate.unique_by_layer(replay.cells, trace.forwards, runs)),
         "block_progress": charts.block_progress(aggregate.block_progress(trace.forwards)),
         "load_by_rank": charts.load_by_rank(aggregate.load_by_rank(trace.load, replayed.EXPERTS)),
-        "hit_rate": charts.hit_rate(aggregate.whole_groups(runs)),
+        "hit_rate": charts.bars(aggregate.whole_groups(runs), "hit_rate", "expert_hit_rate"),
         "latency": charts.latency(aggregate.latency_parts(replay.document)),
         "traffic": charts.traffic(runs),
         "tradeoff": charts.tradeoff(aggregate.one_run_a_series(runs)),
@@ -128,7 +128,7 @@ def test_titles_say_units_and_estimates(drawn):
         named |= dict.fromkeys(("unique_by_step", "unique_by_layer"), "Estimates: dmoe.")
         assert named.get(name, "") in subtitle and ("Estimates" in subtitle) == (name in named), name
     exact = aggregate.runs_frame(replayed.document(routings=replayed.ROUTINGS[:1]))
-    assert "stimate" not in titles_of(charts.hit_rate(exact).to_dict())
+    assert "stimate" not in titles_of(charts.bars(exact, "hit_rate").to_dict())
     assert "not accuracy" in titles_of(drawn["tradeoff"].to_dict())
 
 

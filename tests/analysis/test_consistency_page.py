@@ -15,7 +15,7 @@ from analysis.aggregate import MAX_ROWS
 from analysis.findings_consistency import consistency_findings, unbeaten_findings
 from analysis.metrics import SCHEMAS, across_seeds
 from analysis.metrics.result import ConsistencyResult
-from analysis.report import render, write_report
+from analysis.reporting import render, report
 from analysis.sections_consistency import PANELS
 from tests.analysis import replayed
 from tests.analysis.test_report import Reader
@@ -326,12 +326,12 @@ def test_open_traces_are_analysed_unless_told_otherwise(tmp_path):
         ("left", {"consistency": [None]}),
         ("both", {"intervals": [replayed.interval()]}),
     ):
-        path = write_report(tmp_path / f"{name}.html", [opened], **more)
+        path = report(tmp_path / f"{name}.html", [opened], **more)
         told[name] = Reader(path.read_text(encoding="utf-8")).text
     assert "Overlap from step to step" in told["computed"] and "No consistency analysis" in told["left"]
     assert "A note on the interval." in told["both"]
     assert "No refresh interval was computed" in told["computed"] and "No refresh interval" not in told["both"]
     with pytest.raises(UserError, match="consistency has 2 entries for 1 traces"):
-        write_report(tmp_path / "more.html", [opened], consistency=[None, None])
+        report(tmp_path / "more.html", [opened], consistency=[None, None])
     with pytest.raises(UserError, match="intervals has 1 entries for 0 traces"):
-        write_report(tmp_path / "more.html", intervals=[replayed.interval()])
+        report(tmp_path / "more.html", intervals=[replayed.interval()])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.diff import diff, difference
+from analysis.comparing import diff, difference
 from analysis.metrics import Settings, across_seeds, consistency
 from analysis.summary import ReplaySummary
 from simulator.replaying import replay

@@ -13,7 +13,7 @@ import pytest
 from analysis import page
 from analysis.aggregate import MAX_ROWS
 from analysis.metrics import consistency
-from analysis.report import match, render, write_report
+from analysis.reporting import match, render, report
 from analysis.summary import ReplaySummary, read_replay, summarise_trace
 from simulator.interval import find_interval
 from simulator.replaying import replay
@@ -82,7 +82,7 @@ def both():
 def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
     traces, replays = both()
-    assert write_report(path, traces, replays) == path
+    assert report(path, traces, replays) == path
     return path
 
 
@@ -190,14 +190,14 @@ def test_an_existing_file_is_kept_without_force(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("mine")
     with pytest.raises(UserError, match="already there"):
-        write_report(path)
+        report(path)
     assert path.read_text() == "mine"
-    write_report(path, force=True)
+    report(path, force=True)
     assert "moetrace" in path.read_text(encoding="utf-8")
     with pytest.raises(UserError, match="is a folder"):
-        write_report(tmp_path, force=True)
+        report(tmp_path, force=True)
     with pytest.raises(UserError, match="is not there"):
-        write_report(tmp_path / "none" / "report.html")
+        report(tmp_path / "none" / "report.html")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -289,7 +289,7 @@ def test_stored_traces_and_replays_are_summarised(tmp_path):
     result = replay(
         opened, ["vanilla", "dmoe:top_p=0.5,min_experts=3"], ["all_resident", "lru:budget=3"], hardware="h100-pcie5"
     )
-    path = write_report(tmp_path / "report.html", traces=[opened], results=[result])
+    path = report(tmp_path / "report.html", traces=[opened], results=[result])
     reader = Reader(path.read_text(encoding="utf-8"))
     vanilla = result.to_json()["runs"][0]["summary"]
     assert (
@@ -332,7 +332,7 @@ def test_intervals_are_found_for_the_replays_under_tide(tmp_path):
     residencies = ["all_resident", *(f"tide:budget={b},refresh_interval={i}" for b in (3, 4, 5) for i in (1, 2))]
     results = [replay(opened, ["vanilla"], residencies, hardware=machine) for machine in ("h100-pcie5", None)]
     for result, budgets in zip(results, ((3, 4), ())):
-        path = write_report(tmp_path / "report.html", [opened], [result], force=True)
+        path = report(tmp_path / "report.html", [opened], [result], force=True)
         text = Reader(path.read_text(encoding="utf-8")).text
         for budget in (3, 4, 5):
             assert (f"small: {budget} experts a layer on h100-pcie5" in text) == (budget in budgets)
@@ -343,7 +343,7 @@ def test_intervals_are_found_for_the_replays_under_tide(tmp_path):
                 in text
             )
         assert ("No refresh interval was computed" in text) == (not budgets)
-    path = write_report(tmp_path / "none.html", [opened], [results[0]], intervals=())
+    path = report(tmp_path / "none.html", [opened], [results[0]], intervals=())
     assert "No refresh interval was computed" in path.read_text(encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from tests.analysis.traces import QUICK
 from tests.builders import add_padding, block_run
 from tests.simulator.routing_cases import geometry
 from tests.simulator.traces import MemoryTrace, meta_of
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import UserError
 from tracer.schema import DENOISE, MASKED, NOISE, PADDING
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.builders import route_row, router, scores
-from tracer.check import check
+from tracer.checking import check
 from tracer.parquet import open_trace
 from tracer.schema import tables_of
 from tracer.trace import CallRouting

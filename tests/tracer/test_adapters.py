@@ -13,9 +13,9 @@ from tests.builders import route_row
 from tests.tiny_models import MASK, VOCAB, hooks_left, prompt, tiny_model
 from tests.tracer.cells import cells
 from tracer.adapters.find import find_gates
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import UserError
-from tracer.record import record
+from tracer.recording.context import record
 from tracer.trace import RouterSpec
 
 BASE = {

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.handmade import COUNTS, EXPERTS, LAYERS, Handmade, write_counts
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import TraceError
 from tracer.meta import checksum
 from tracer.parquet import open_trace

@@ -19,7 +19,7 @@ import pytest
 
 from tests.tracer.recorded import assert_unfinished, record
 from tests.tracer.test_round_trip import naive_rows, read_rows
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import TraceError, UserError
 from tracer.parquet import TraceWriter, open_trace
 

@@ -16,7 +16,7 @@ from tracer.decode import decode_llada2, decode_sdar
 from tracer.decoding.accept import accept, predict
 from tracer.decoding.quotas import quotas
 from tracer.errors import UserError
-from tracer.record import record
+from tracer.recording.context import record
 
 OPTIONS = {"mask_id": MASK, "eos_id": None, "block_length": BLOCK, "steps": BLOCK}
 

@@ -11,14 +11,14 @@ from tests.builders import route_row
 from tests.simulator.test_kernels import naive_choose
 from tests.tiny_models import BLOCK, EOS, MASK, block_causal, hooks_left, prompt, tiny_model
 from tests.tracer.recorded import assert_unfinished
-from tracer.check import check
+from tracer.checking import check
 from tracer.decode import decode_sdar
 from tracer.decoding.accept import accept
 from tracer.decoding.team_layers import TeamLayers, choose_inside
 from tracer.decoding.team_loop import GUESSES, chosen_branch, decode_team
 from tracer.errors import UserError
 from tracer.parquet import open_trace
-from tracer.record import record
+from tracer.recording.context import record
 from tracer.schema import COMMIT, DENOISE, MASKED
 from tracer.trace import RouterSpec
 

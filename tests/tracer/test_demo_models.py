@@ -14,7 +14,7 @@ import torch
 
 from tracer.capture import run_capture
 from tracer.capture_plan import DEMO_OPTIONS, demo_prompts, plan_capture
-from tracer.check import check
+from tracer.checking import check
 from tracer.demo.card import card_markdown
 from tracer.demo.corpus import fingerprint, read_corpus
 from tracer.demo.objective import WINDOW, Routers, evaluate

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tracer.check import check
+from tracer.checking import check
 from tracer.parquet import open_trace
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 
 from simulator.replaying import replay
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import UserError
-from tracer.importers.bigmoe import import_bigmoe
+from tracer.importers.bigmoe import import_file
 from tracer.parquet import open_trace
 
 EXPERTS, TOP_K, LAYERS = 6, 2, (0, 1, 3)
@@ -74,7 +74,7 @@ def naive_lru_hit_rate(found, budget_bytes):
 
 def test_every_decision_arrives(tmp_path):
     found = rows()
-    assert import_bigmoe(write(tmp_path / "a.route.csv", found), tmp_path / "a.trace") == len(found)
+    assert import_file(write(tmp_path / "a.route.csv", found), tmp_path / "a.trace") == len(found)
     assert check(tmp_path / "a.trace") == []
     trace = open_trace(tmp_path / "a.trace")
     assert trace.requests["prompt_tokens"].to_list() == [3, 3]
@@ -88,7 +88,7 @@ def test_every_decision_arrives(tmp_path):
 @pytest.mark.parametrize("budget", [0, 300, 500, 900, 5000])
 def test_lru_over_all_layers(tmp_path, budget):
     found = rows(seed=budget)
-    import_bigmoe(write(tmp_path / "a.route.csv", found), tmp_path / "a.trace")
+    import_file(write(tmp_path / "a.route.csv", found), tmp_path / "a.trace")
     result = replay(open_trace(tmp_path / "a.trace"), ["vanilla"], [f"lru:scope=global,budget_bytes={budget}"])
     assert result.runs[0].summary["expert_hit_rate_by_kind"]["decode"] == naive_lru_hit_rate(found, budget)
 
@@ -113,17 +113,17 @@ def broken(found, change):
 def test_a_broken_dump_is_refused_in_a_sentence(tmp_path, change, says):
     source = write(tmp_path / "a.route.csv", broken(rows(), change))
     with pytest.raises(UserError, match=says):
-        import_bigmoe(source, tmp_path / "a.trace")
+        import_file(source, tmp_path / "a.trace")
     assert list(tmp_path.iterdir()) == [source]
 
 
 def test_a_broken_dump_replaces_nothing(tmp_path):
-    import_bigmoe(write(tmp_path / "a.route.csv", rows()), tmp_path / "a.trace")
+    import_file(write(tmp_path / "a.route.csv", rows()), tmp_path / "a.trace")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     # the second turn lacks a row, which shows when the first one is written
     source = write(tmp_path / "b.route.csv", rows()[:-1])
     with pytest.raises(UserError, match="has 1 rows"):
-        import_bigmoe(source, tmp_path / "a.trace", force=True)
+        import_file(source, tmp_path / "a.trace", force=True)
     source.unlink()
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.route.csv", "a.trace"]
@@ -131,9 +131,9 @@ def test_a_broken_dump_replaces_nothing(tmp_path):
 
 def test_a_foreign_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="preamble lacks"):
-        import_bigmoe(write(tmp_path / "a.route.csv", rows(), preamble=False), tmp_path / "a.trace")
+        import_file(write(tmp_path / "a.route.csv", rows(), preamble=False), tmp_path / "a.trace")
     with pytest.raises(UserError, match="no file"):
-        import_bigmoe(tmp_path / "none.csv", tmp_path / "a.trace")
+        import_file(tmp_path / "none.csv", tmp_path / "a.trace")
 
 
 def test_slots_that_float16_cannot_tell_apart_keep_their_order(tmp_path):
@@ -143,7 +143,7 @@ def test_slots_that_float16_cannot_tell_apart_keep_their_order(tmp_path):
             # The second step's weights are equal in the dump already; the slots order its experts all the same.
             second = 0.5 if step == 1 else 0.499999
             found += [(0, 1, step, layer, 0, 4, 0.5), (0, 1, step, layer, 1, 1 + step % 2, second)]
-    import_bigmoe(write(tmp_path / "a.route.csv", found), tmp_path / "a.trace")
+    import_file(write(tmp_path / "a.route.csv", found), tmp_path / "a.trace")
     for segment in open_trace(tmp_path / "a.trace").segments():
         for number in LAYERS:
             layer = segment.layer(number)
@@ -198,7 +198,7 @@ def recorded(name, folder):
     source = Path(os.environ["BIGMOE_TRACES"]) / f"{name}.route.csv"
     if not source.exists():
         pytest.skip(f"the folder BIGMOE_TRACES names has no {source.name}")
-    import_bigmoe(source, folder / f"{name}.trace")
+    import_file(source, folder / f"{name}.trace")
     return open_trace(folder / f"{name}.trace")
 
 

@@ -14,7 +14,7 @@ import pytest
 import tracer
 from tests.tracer.cells import cells
 from tests.tracer.recorded import record
-from tracer.check import check
+from tracer.checking import check
 from tracer.interrupts import undisturbed
 from tracer.parquet import TraceWriter, open_trace
 

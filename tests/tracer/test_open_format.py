@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from simulator.replaying import replay
-from tracer.check import check
+from tracer.checking import check
 from tracer.parquet import open_trace
 from tracer.synthetic import synthesize
 

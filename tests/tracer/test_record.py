@@ -25,11 +25,11 @@ from tests.tiny_models import (
 )
 from tests.tracer.cells import cells
 from tests.tracer.recorded import assert_unfinished
-from tracer.check import check
+from tracer.checking import check
 from tracer.decode import decode_llada2, decode_own, decode_sdar
 from tracer.errors import UserError
 from tracer.parquet import TraceWriter, open_trace
-from tracer.record import record
+from tracer.recording.context import record
 from tracer.recording.describe import describe_model
 from tracer.recording.sink import MOST_WAITING
 

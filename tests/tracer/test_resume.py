@@ -12,7 +12,7 @@ import pytest
 from simulator.replaying import replay
 from tracer.capture import run_capture
 from tracer.capture_plan import CaptureOptions, plan_capture
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import UserError
 from tracer.meta import read_meta, write_meta
 from tracer.parquet import open_trace

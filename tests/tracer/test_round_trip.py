@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tracer.recorded import assert_unfinished, naive_active, record
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import UserError
 from tracer.parquet import TraceWriter, open_trace
 from tracer.schema import KINDS

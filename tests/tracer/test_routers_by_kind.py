@@ -7,7 +7,7 @@ import pytest
 
 from simulator.replaying import replay
 from tests.handmade import EXPERTS, Handmade
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import UserError
 from tracer.parquet import open_trace
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.builders import route_row
-from tracer.check import check
+from tracer.checking import check
 from tracer.errors import UserError
 from tracer.parquet import open_trace
 from tracer.synthetic import synthesize

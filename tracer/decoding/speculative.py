@@ -34,7 +34,7 @@ class SpeculativeCalls:
 
     Parameters
     ----------
-    recorder : tracer.record.Recorder
+    recorder : tracer.recording.recorder.Recorder
         With a request just begun, so that no earlier call is waiting.
     """
 

@@ -74,7 +74,7 @@ def decode_team(
         Positions from the nearest known token at which a row may be cold.
     reuse, limit, speculate : bool
         The paper's delayed caching, limited activation and speculative exploration.
-    recorder : tracer.record.Recorder, optional
+    recorder : tracer.recording.recorder.Recorder, optional
         Is told everything trace-format.md asks of speculative calls, and writes TEAM's parameters into ``meta.decoding``.
 
     Raises

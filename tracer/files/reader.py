@@ -93,7 +93,7 @@ class Trace:
             With the first fault of the tables requests, forwards and tokens: no figure is made from a trace that has one.
             Routing is held against the format as it is read.
         """
-        from tracer.check import first_fault
+        from tracer.checking import first_fault
         from tracer.padding import padding_note
 
         fault = first_fault(self)

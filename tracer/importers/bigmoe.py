@@ -29,7 +29,7 @@ COLUMNS = {
 }
 
 
-def import_bigmoe(source: Path, out: Path, *, force: bool = False) -> int:
+def import_file(source: Path, out: Path, *, force: bool = False) -> int:
     """Turn a BigMoeOnEdge CSV into a trace of level "ids".
 
     Parameters

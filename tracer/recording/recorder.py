@@ -28,7 +28,7 @@ from tracer.schema import KINDS, SCHEMA_VERSION, STOP_REASONS, tables_of
 
 @dataclass(slots=True)
 class RecordOptions:
-    """How to record; see :func:`tracer.record.record`."""
+    """How to record; see :func:`tracer.recording.context.record`."""
 
     level: str = "ids"
     decoding: dict[str, Any] = field(default_factory=dict)

@@ -23,7 +23,7 @@ INTERVALS = 2
 """Pairs of budget and machine whose refresh intervals a report works out by itself, at most."""
 
 
-def write_report(
+def report(
     path: str | os.PathLike[str],
     traces: Sequence[Any] = (),
     results: Sequence[Any] = (),
@@ -40,7 +40,7 @@ def write_report(
     traces
         :class:`TraceSummary`, or open traces (``tracer.parquet.open_trace``), which are read once here.
     results
-        :class:`ReplaySummary`, or what ``simulator.replay.replay`` returns.
+        :class:`ReplaySummary`, or what ``simulator.replay`` returns.
     force : bool
         Replace the file if it is there.
     consistency : sequence, optional

@@ -7,21 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tracer.errors import UserError
+from analysis.figures import FIGURES, shown_in
+from tracer.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import polars as pl
 
-ON_A_MACHINE = ("latency_s", "resident_bytes")
-WITHOUT_MACHINE = ("unique_experts", "bytes_to_gpu", "cpu_tokens", "resident_bytes")
-LARGER_IS_BETTER = ("gate_retained",)
+SIGNS = {"less": 1.0, "more": -1.0}
 
 
 def pareto(
-    frame: pl.DataFrame,
-    minimise: Sequence[str] | None = None,
-    maximise: Sequence[str] = LARGER_IS_BETTER,
-    by: Sequence[str] = ("trace", "hardware"),
+    frame: pl.DataFrame, figures: Sequence[str] | None = None, by: Sequence[str] = ("trace", "hardware")
 ) -> pl.DataFrame:
     """The Pareto front of a sweep, by group: rows than which no other row is at least as good in all and better in one figure.
 
@@ -31,36 +27,40 @@ def pareto(
     ----------
     frame : pl.DataFrame
         A sweep's rows.
-    minimise, maximise : sequence of str
-        Figures. By default latency, resident bytes and gate weight retained; without latencies unique experts, bytes moved to
-        the GPU, tokens left to the CPU, resident bytes and gate weight retained.
+    figures : sequence of str, optional
+        The objectives; each figure says whether less or more of it is better. By default those of the front of
+        :mod:`analysis.figures`: latency, resident bytes and gate weight kept; without latencies unique experts, bytes moved to
+        the GPU, tokens left to the CPU, resident bytes and gate weight kept.
     by : sequence of str
         Rows are held against rows of the same group only; columns the frame lacks are left out.
 
     Raises
     ------
     UserError
-        The frame lacks a figure, or one is not a number.
+        The frame lacks a figure, one is not a number, or neither less nor more of it is better.
     """
     groups = [name for name in by if name in frame.columns]
     if groups and frame.height:
         parts = frame.with_row_index("_row").partition_by(groups, maintain_order=True)
-        kept = [part["_row"].to_numpy()[_front(_figures(part, minimise, maximise))] for part in parts]
+        kept = [part["_row"].to_numpy()[_front(_costs(part, figures))] for part in parts]
         return frame[np.sort(np.concatenate(kept))]
-    return frame[_front(_figures(frame, minimise, maximise))]
+    return frame[_front(_costs(frame, figures))]
 
 
-def _figures(frame: pl.DataFrame, minimise: Sequence[str] | None, maximise: Sequence[str]) -> np.ndarray:
+def _costs(frame: pl.DataFrame, figures: Sequence[str] | None) -> np.ndarray:
     """float64 [rows, figures], smaller is better, what is unknown is infinite."""
-    if minimise is None:
+    if figures is None:
         timed = "latency_s" in frame.columns and frame["latency_s"].is_not_null().any()
-        minimise = ON_A_MACHINE if timed else WITHOUT_MACHINE
+        figures = [figure.name for figure in shown_in("front" if timed else "bare front")]
     columns = []
-    for name, sign in [*((name, 1.0) for name in minimise), *((name, -1.0) for name in maximise)]:
+    for name in figures:
         if name not in frame.columns:
-            raise UserError(f"The sweep has no figure {name}; its columns are {', '.join(frame.columns)}.")
+            raise unknown("figure", name, frame.columns, " in this sweep")
         if not (frame[name].dtype.is_numeric() or frame[name].null_count() == frame.height):
             raise UserError(f"The sweep's column {name} holds no numbers; choose a figure.")
+        sign = SIGNS.get(FIGURES[name].better) if name in FIGURES else None
+        if sign is None:
+            raise UserError(f"Neither less nor more of {name} is better; choose another figure.")
         values = sign * np.array([np.nan if v is None else v for v in frame[name].to_list()], np.float64)
         columns.append(np.where(np.isnan(values), np.inf, values))
     return np.stack(columns, axis=1) if columns else np.zeros((frame.height, 0))

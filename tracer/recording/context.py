@@ -16,8 +16,6 @@ from tracer.errors import UserError
 from tracer.recording.recorder import Recorder, RecordOptions
 from tracer.schema import LEVELS
 
-__all__ = ["Recorder", "record"]
-
 
 @contextmanager
 def record(

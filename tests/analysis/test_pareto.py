@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.pareto import pareto
+from analysis.pareto import pareto
 from tracer.errors import UserError
 
 
@@ -58,9 +58,9 @@ def test_the_front_is_what_no_row_beats(rows):
     frame = pl.DataFrame(rows, SCHEMA, orient="row", strict=False).with_row_index("at")
     minimise, maximise = ["latency_s", "resident_bytes"], ["gate_retained"]
     for by in (("trace", "hardware"), ("trace",), ()):
-        found = pareto(frame, minimise, maximise, by)
+        found = pareto(frame, [*minimise, *maximise], by)
         assert found["at"].to_list() == naive_front(frame.to_dicts(), minimise, maximise, by)
-    assert pareto(frame, minimise=["resident_bytes"], maximise=[], by=["trace"])["at"].to_list() == naive_front(
+    assert pareto(frame, ["resident_bytes"], by=["trace"])["at"].to_list() == naive_front(
         frame.to_dicts(), ["resident_bytes"], [], ["trace"]
     )
 
@@ -74,7 +74,9 @@ def test_figures_are_those_of_the_machine_where_there_is_one():
         base | {"hardware": "m", "latency_s": 1.0, "cpu_tokens": 9},
     ]
     assert pareto(pl.DataFrame(rows))["cpu_tokens"].to_list() == [1, 9]
-    with pytest.raises(UserError, match="no figure latncy"):
-        pareto(pl.DataFrame(rows), minimise=["latncy"])
+    with pytest.raises(UserError, match="no figure 'latncy_s'; did you mean latency_s"):
+        pareto(pl.DataFrame(rows), ["latncy_s"])
     with pytest.raises(UserError, match="column trace holds no numbers"):
-        pareto(pl.DataFrame(rows), minimise=["trace"])
+        pareto(pl.DataFrame(rows), ["trace"])
+    with pytest.raises(UserError, match="Neither less nor more of forwards is better"):
+        pareto(pl.DataFrame({"forwards": [1, 2]}), ["forwards"])

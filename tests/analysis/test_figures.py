@@ -1,0 +1,37 @@
+"""Figures say themselves once: every key of a run's summary is one, and what is documented is what is written in the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from analysis.figures import FIGURES, IN_PARTS, NUMBERS, WRITTEN, figures_markdown, shown_in, values
+from simulator import replay
+from tests.analysis import replayed
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_every_key_of_a_summary_is_a_figure(tmp_path):
+    _, opened = replayed.stored(tmp_path / "a.trace")
+    runs = replay(opened, ["vanilla", "dmoe"], ["tide:budget=8,refresh_interval=2"], hardware="h100-pcie5").runs
+    for run in runs:
+        assert set(run.summary) | {"ms_per_forward"} == set(FIGURES)
+        for name, value in run.summary.items():
+            assert value is None or isinstance(value, int | float) == (FIGURES[name].written != IN_PARTS), name
+        told = values(run.summary)
+        assert set(told) == set(NUMBERS)
+        assert told["ms_per_forward"] == 1e3 * run.summary["latency_s"] / run.summary["forwards"]
+    assert set(values({}).values()) == {None}
+
+
+def test_figures_are_whole():
+    for figure in FIGURES.values():
+        assert figure.unit and figure.meaning and figure.better in ("less", "more", "neither")
+        assert figure.written in {*WRITTEN, IN_PARTS}
+        assert not figure.instead or figure.instead in FIGURES
+        assert figure.heading or not {"terminal", "page", "interval"} & set(figure.shown)
+    assert all(figure.better != "neither" for table in ("front", "bare front") for figure in shown_in(table))
+
+
+def test_the_readme_has_the_figures():
+    assert figures_markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
