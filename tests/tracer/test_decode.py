@@ -14,7 +14,7 @@ from tests.tiny_models import BLOCK, EOS, FAMILIES, MASK, VOCAB, block_causal, p
 from tests.tracer.cells import cells
 from tracer.decode import decode_llada2, decode_sdar
 from tracer.decoding.accept import accept, predict
-from tracer.decoding.quotas import quotas
+from tracer.decoding.accepting import quotas
 from tracer.errors import UserError
 from tracer.record import record
 

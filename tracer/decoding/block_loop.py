@@ -8,8 +8,8 @@ import torch
 
 from tracer.adapters.gate import text_config
 from tracer.decoding.accept import accept, predict
+from tracer.decoding.accepting import quotas
 from tracer.decoding.checks import check_options, check_prompt
-from tracer.decoding.quotas import quotas
 from tracer.errors import UserError
 
 
