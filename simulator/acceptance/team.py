@@ -4,8 +4,8 @@ Source: arXiv 2602.08404 and its released loop (github PKU-SEC-Lab/TEAM-MoE-dLLM
 vanilla's own, so row states are exact. With it, states vanilla never saw take predictions, probabilities and router rows from
 the latest vanilla step of the block whose known set they contain; a position known there but masked at that step takes its
 router row from its first forward as a real token, see :mod:`simulator.speculation.simulated`. Rows outside the current block
-(no KV cache) are computed in a block's first forward and reused until its commit forward. A run recorded under TEAM itself keeps
-its forwards, see :mod:`simulator.speculation.recorded_team`.
+(no KV cache) are computed in a block's first forward and reused until its commit forward. A run recorded under TEAM itself
+keeps its forwards, see :mod:`simulator.speculation.recorded_team`.
 """
 
 from __future__ import annotations

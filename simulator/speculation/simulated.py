@@ -63,7 +63,8 @@ def simulated_trajectory(segment: Segment, table: BlockTable, walk: Walk) -> tup
     inside[table.row[table.row >= 0]] = True
     real, recorded_as_real, following = _real_rows(segment, table)
     number = int(offsets[-1])
-    rows = SimulatedRows(np.empty(number, np.int64), *np.zeros((4, number), bool), np.zeros(number, np.uint8))
+    flags = np.zeros((4, number), bool)
+    rows = SimulatedRows(np.empty(number, np.int64), flags[0], flags[1], flags[2], flags[3], np.zeros(number, np.uint8))
     _write_rows(table, walk, (like, which, forwards.row_offsets, inside), (real, recorded_as_real), offsets, rows)
     position, state = tokens.position, tokens.state
     if following is not None and rows.source.max() >= forwards.num_rows:

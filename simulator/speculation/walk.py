@@ -1,7 +1,7 @@
 """TEAM's decoding walked over the states of a vanilla run: its forwards, what their branches know, and which branch holds.
 
 Source: arXiv 2602.08404 and its released loop (github PKU-SEC-Lab/TEAM-MoE-dLLM @e9c502e). A state with known set Q sees what
-the latest vanilla step of its block saw whose known set is a subset of Q. Sets are uint8 arrays over the B positions of a block.
+the latest vanilla step of its block saw whose known set is a subset of Q. Sets are uint8 arrays over a block's B positions.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def fewest_forwards(table):
             while s <= end:
                 put(state, known[s, 0])
                 surest(known[s, 0], table.confidence[s - 1, 0], guesses)
-                for j in guesses:
-                    if j >= 0 and predicted[s - 1, 0, j] == token[j] and when[j] <= s + 1:
-                        state[j] = 1
+                for guess in guesses:
+                    if guess >= 0 and predicted[s - 1, 0, guess] == token[guess] and when[guess] <= s + 1:
+                        state[guess] = 1
                 join(state, accepted[_latest_step(known, first, last, state), 0])
                 goal = last if _contains(state, table.final[c]) else _latest_step(known, first, last, state)
                 reach = max(reach, goal, s + 1)

@@ -8,14 +8,15 @@ import torch
 
 from simulator.replay import replay
 from tests.builders import route_row
+from tests.simulator.test_acceptance_team import naive_accept
 from tests.simulator.test_kernels import naive_choose
 from tests.tiny_models import BLOCK, EOS, MASK, block_causal, hooks_left, prompt, tiny_model
 from tests.tracer.recorded import assert_unfinished
 from tracer.check import check
 from tracer.decode import decode_sdar
-from tracer.decoding.accept import accept
 from tracer.decoding.team_layers import TeamLayers, choose_inside
-from tracer.decoding.team_loop import GUESSES, chosen_branch, decode_team
+from tracer.decoding.team_loop import decode_team
+from tracer.decoding.team_rules import BRANCHES, chosen_branch
 from tracer.errors import UserError
 from tracer.parquet import open_trace
 from tracer.record import record
@@ -48,7 +49,8 @@ def test_the_chosen_branch_is_the_specification_s():
         surest = rng.permutation(6)[: rng.integers(1, 3)].tolist()
         guess, token = rng.integers(0, 2, 6), rng.integers(0, 2, (4, 6))
         taken = rng.random((4, 6)) < 0.6
-        found = chosen_branch(surest, torch.tensor(guess), torch.tensor(token), torch.tensor(taken))
+        places = np.array([*surest, -1][:2])
+        found = chosen_branch(places, guess, token, taken.astype(np.uint8))
         assert found == naive_chosen(surest, guess, token, taken)
         seen.add((len(surest), found))
     assert seen == {(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3)}
@@ -88,7 +90,7 @@ def watched(model, **options):
     def watch(**arguments):
         cached = arguments["past_key_values"].get_seq_length()
         output = forward(**arguments)
-        if arguments["input_ids"].shape[1] == len(GUESSES) * BLOCK:
+        if arguments["input_ids"].shape[1] == BRANCHES * BLOCK:
             calls.append((cached, arguments["input_ids"][0].clone(), output.logits[0].clone()))
         return output
 
@@ -109,8 +111,8 @@ def test_branches_do_not_see_each_other(attention):
     whole = torch.cat((result.ids, torch.full((BLOCK,), MASK)))
     assert len(calls) > 3
     for cached, given, logits in calls:
-        for branch in range(len(GUESSES)):
-            own = given.view(len(GUESSES), BLOCK)[branch]
+        for branch in range(BRANCHES):
+            own = given.view(BRANCHES, BLOCK)[branch]
             length = cached + BLOCK
             mask = block_causal(length)
             if attention == "eager":
@@ -122,7 +124,7 @@ def test_branches_do_not_see_each_other(attention):
                     position_ids=torch.arange(length)[None],
                     use_cache=False,
                 ).logits[0, cached:]
-            torch.testing.assert_close(logits.view(len(GUESSES), BLOCK, -1)[branch], alone, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits.view(BRANCHES, BLOCK, -1)[branch], alone, rtol=1e-4, atol=1e-4)
 
 
 def diverse_model():
@@ -228,8 +230,8 @@ def test_rows_run_what_the_rules_say(tmp_path):
             assert (layer.count[rows] > 0).nonzero()[0].tolist() == own
             assert all(set(layer.expert_ids[rows[t]].tolist()) == sets[t] for t in own)
         for r in range(len(states)):
-            quota = accept(torch.from_numpy(sure[r]), torch.from_numpy(~states[r]), OPTIONS["threshold"], 1)
-            assert quota.tolist() == taken[r].tolist()
+            masked = {j for j in range(BLOCK) if not states[r, j]}
+            assert set(np.flatnonzero(taken[r]).tolist()) == naive_accept(masked, sure[r], OPTIONS["threshold"], 1)
         kept = max(int(forwards.chosen_branch[f]), 0)
         chosen.add(int(forwards.chosen_branch[f]))
         before = states[kept], taken[kept], sure[kept]

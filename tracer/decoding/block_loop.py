@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tracer.adapters.gate import text_config
-from tracer.decoding.accept import accept, predict
-from tracer.decoding.accepting import quotas
-from tracer.decoding.checks import check_options, check_prompt
+from tracer.decoding.accepting import accept, accept_rule, quotas
+from tracer.decoding.checks import DecodeOptions, check_prompt
 from tracer.errors import UserError
+
+
+def as_set(rows: torch.Tensor) -> np.ndarray:
+    """A bool tensor as the set that :mod:`tracer.decoding.accepting` takes, uint8 on the host."""
+    return rows.cpu().numpy().view(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,41 +43,25 @@ class DecodeResult:
 class BlockLoop:
     """One decoding. ``ids`` holds the whole window of blocks, masked where nothing is decided."""
 
-    def __init__(
-        self,
-        model,
-        input_ids,
-        gen_length,
-        mask_id,
-        eos_id,
-        block_length,
-        steps,
-        threshold,
-        temperature,
-        seed,
-        on_step,
-        recorder,
-    ):
-        check_options(gen_length, mask_id, block_length, steps, threshold, temperature)
-        prompt = check_prompt(model, input_ids, gen_length, block_length)
-        self.model, self.recorder, self.on_step = model, recorder, on_step
+    def __init__(self, model, input_ids, options: DecodeOptions, on_step, recorder):
+        prompt = check_prompt(model, input_ids, options.gen_length, options.block_length)
+        self.model, self.options, self.recorder, self.on_step = model, options, recorder, on_step
         self.is_sdar = type(model).__name__.startswith("SDAR")
-        self.mask_id, self.eos_id, self.block_length = mask_id, eos_id, block_length
-        self.threshold, self.temperature = threshold, temperature
-        self.quotas = quotas(block_length, steps)
-        self.prompt_tokens, self.limit = prompt.shape[1], prompt.shape[1] + gen_length
+        self.mask_id, self.eos_id, self.block_length = options.mask_id, options.eos_id, options.block_length
+        self.rule = accept_rule(options.threshold, quotas(options.block_length, options.steps))
+        self.prompt_tokens, self.limit = prompt.shape[1], prompt.shape[1] + options.gen_length
         self.device = prompt.device
-        self.blocks = -(-self.limit // block_length)
-        self.ids = torch.full((1, self.blocks * block_length), mask_id, dtype=torch.long, device=self.device)
+        self.blocks = -(-self.limit // self.block_length)
+        self.ids = torch.full((1, self.blocks * self.block_length), self.mask_id, dtype=torch.long, device=self.device)
         self.ids[:, : self.prompt_tokens] = prompt
         self.forwards = self.decided = 0
         self.generator = None
-        if temperature > 0:
+        if options.temperature > 0:
             self.generator = torch.Generator(self.device)
-            if seed is None:
+            if options.seed is None:
                 self.generator.seed()
             else:
-                self.generator.manual_seed(seed)
+                self.generator.manual_seed(options.seed)
 
     @torch.no_grad()
     def run(self, kv_cache: bool, early_stop: bool) -> DecodeResult:
@@ -102,13 +91,15 @@ class BlockLoop:
         """Denoise a block until nothing in it is masked; True when decoding stopped inside it."""
         low, high = self._bounds(block)
         step = 0
-        masked = self.ids[0, low:high] == self.mask_id
+        masked = self.ids[0, low:high].eq(self.mask_id)
         while bool(masked.any()):
             logits = self._call("denoise", block, step, low if cache is not None else 0, high, cache)[
                 -self.block_length :
             ]
-            token, probability, best, best_probability = predict(logits, self.mask_id, self.temperature, self.generator)
-            accepted = accept(probability, masked, self.threshold, self.quotas[step])
+            token, probability, best, best_probability = predict(
+                logits, self.mask_id, self.options.temperature, self.generator
+            )
+            accepted = self._accept(step, as_set(~masked)[None], probability[None])[0]
             self.ids[0, low:high] = torch.where(accepted, token, self.ids[0, low:high])
             if self.recorder is not None:
                 self.recorder.note(
@@ -118,7 +109,7 @@ class BlockLoop:
                     argmax_ids=best,
                     argmax_confidence=best_probability,
                 )
-            masked = self.ids[0, low:high] == self.mask_id
+            masked = self.ids[0, low:high].eq(self.mask_id)
             count = int(accepted.sum())
             self._tell("denoise", block, step, range(low, high), count)
             step += 1
@@ -127,6 +118,13 @@ class BlockLoop:
                 if not bool((before_end == self.mask_id).any()):
                     return True
         return False
+
+    def _accept(self, step: int, known: np.ndarray, probability: torch.Tensor) -> torch.Tensor:
+        """What each of R branches accepts, bool [R, B]; ``known`` uint8 and ``probability`` float32 [R, B]."""
+        accepted, confidence = np.empty_like(known), probability.cpu().numpy()
+        for branch in range(len(known)):
+            accept(self.rule, step, known[branch], confidence[branch], accepted[branch])
+        return torch.from_numpy(accepted.view(bool)).to(probability.device)
 
     def _call(self, kind: str, block: int, step: int, low: int, high: int, cache) -> torch.Tensor:
         """Run the model on positions low..high-1 and return their logits [rows, V]."""
@@ -192,3 +190,34 @@ class BlockLoop:
         if self.recorder is not None:
             self.recorder.finish(generated=generated, stop_reason=reason)
         return DecodeResult(self.ids[0, :stop].clone(), reason, self.forwards, generated)
+
+
+def predict(
+    logits: torch.Tensor, mask_id: int, temperature: float, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The token to write at each row, its probability, the most probable token and its probability.
+
+    Parameters
+    ----------
+    logits : float [R, V]
+    mask_id : int
+        Never chosen, so that every accepted row leaves the mask; probabilities are of the whole vocabulary all the same.
+    temperature : float
+        0 takes the most probable token of softmax(logits); above 0 a token is drawn from softmax(logits / temperature), which
+        then is the distribution of both probabilities.
+    generator : torch.Generator, optional
+        Of the draw, on the device of ``logits``.
+
+    Returns
+    -------
+    tuple of (int64 [R], float32 [R], int64 [R], float32 [R])
+    """
+    scaled = logits.float() / temperature if temperature > 0 else logits.float()
+    distribution = scaled.softmax(dim=-1)
+    choosable = distribution.clone()
+    choosable[:, mask_id] = 0.0
+    best_probability, best = choosable.max(dim=-1)
+    if temperature == 0:
+        return best, best_probability, best, best_probability
+    drawn = torch.multinomial(choosable, 1, generator=generator)
+    return drawn.squeeze(-1), distribution.gather(-1, drawn).squeeze(-1), best, best_probability

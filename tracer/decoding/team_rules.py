@@ -70,7 +70,7 @@ class TeamRules:
             raise UserError(f"team: quota must be 1 or more, not {self.quota}.")
         if not 0 <= self.hot_probability <= 1:
             raise UserError(f"team: hot_probability must be between 0 and 1, not {self.hot_probability}.")
-        if not isinstance(self.hot_distance, int) or self.hot_distance < 1:
+        if type(self.hot_distance) is not int or self.hot_distance < 1:
             raise UserError(f"team: hot_distance must be 1 or more, not {self.hot_distance}.")
 
     @property
