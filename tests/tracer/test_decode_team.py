@@ -10,11 +10,11 @@ from simulator.replay import replay
 from tests.builders import route_row
 from tests.simulator.test_acceptance_team import naive_accept
 from tests.simulator.test_kernels import naive_choose
-from tests.tiny_models import BLOCK, EOS, MASK, block_causal, hooks_left, prompt, tiny_model
+from tests.tiny_models import BLOCK, EOS, MASK, VOCAB, block_causal, hooks_left, prompt, tiny_model
 from tests.tracer.recorded import assert_unfinished
 from tracer.check import check
 from tracer.decode import decode_sdar
-from tracer.decoding.team_layers import TeamLayers, choose_inside
+from tracer.decoding.team_layers import TeamLayers, check_limited, choose_inside
 from tracer.decoding.team_loop import decode_team
 from tracer.decoding.team_rules import BRANCHES, chosen_branch
 from tracer.errors import UserError
@@ -54,6 +54,26 @@ def test_the_chosen_branch_is_the_specification_s():
         assert found == naive_chosen(surest, guess, token, taken)
         seen.add((len(surest), found))
     assert seen == {(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3)}
+
+
+@pytest.mark.parametrize("places", [[4, 1, 2], [4, 1, -1], [3, -1, -1]])
+def test_with_any_number_of_guesses_a_branch_holds_when_smaller_ones_that_hold_confirm_it(places):
+    rng, seen = np.random.default_rng(1), set()
+    for _ in range(300):
+        guess, token = rng.integers(0, 2, 6), rng.integers(0, 2, (8, 6))
+        taken = rng.random((8, 6)) < 0.7
+        confirmed = [
+            {i for i, j in enumerate(places) if j >= 0 and taken[r][j] and token[r][j] == guess[j]} for r in range(8)
+        ]
+        guesses = [{i for i in range(3) if r >> i & 1} for r in range(8)]
+        holds = [0]
+        for r in range(1, 8):
+            if any(guesses[s] < guesses[r] and guesses[r] - guesses[s] <= confirmed[s] for s in holds):
+                holds.append(r)
+        found = chosen_branch(np.array(places), guess, token, taken.astype(np.uint8))
+        assert found == max(holds, key=lambda r: (len(guesses[r]), -r))
+        seen.add(found)
+    assert len(seen) == 2 ** sum(j >= 0 for j in places)
 
 
 def assert_same_calls(one, other):
@@ -377,5 +397,9 @@ def test_routers_that_cannot_be_limited_are_refused():
     with pytest.raises(UserError, match=r"so its rows cannot be held to a set of experts; pass limit=False"):
         decode_team(model, prompt(9), gen_length=8, **OPTIONS)
     assert hooks_left(model) == 0
+    with pytest.raises(UserError, match=r"cannot be held to a set of experts; .* capture with --loop sdar"):
+        check_limited(model, range(VOCAB))
+    assert hooks_left(model) == 0
+    check_limited(tiny_model("sdar"), range(VOCAB))
     result = decode_team(model, prompt(9), gen_length=8, limit=False, **OPTIONS)
     assert result.generated == 8 and MASK not in result.ids.tolist()

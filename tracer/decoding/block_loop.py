@@ -113,9 +113,9 @@ class BlockLoop:
             count = int(accepted.sum())
             self._tell("denoise", block, step, range(low, high), count)
             step += 1
-            if early_stop and self._end() is not None and bool((token[accepted] == self.eos_id).any()):
+            if early_stop and self._end() is not None and self.eos_id in token[accepted].tolist():
                 before_end = self.ids[0, self.prompt_tokens : self._end()]
-                if not bool((before_end == self.mask_id).any()):
+                if not bool(before_end.eq(self.mask_id).any()):
                     return True
         return False
 
