@@ -20,6 +20,7 @@ from simulator.policy import CONFIDENCE, TOKENS, Geometry, Trajectory
 from simulator.speculation.recorded_team import (
     LOOP,
     accept_rule_of,
+    kept_branch,
     other_parameters,
     recorded_under_team,
     refuse_other_rules,
@@ -73,13 +74,14 @@ class TeamAcceptance(TeamRules):
         elif not (self.reuse or self.limit or self.speculate):
             return recorded
         confidence = ran or self.limit or self.speculate
-        table = block_table(segment, geometry.block_length, LOOP, BRANCHES if ran else 1, confidence)
+        table = block_table(segment, geometry.block_length, LOOP, BRANCHES if ran and self.speculate else 1, confidence)
         rule = accept_rule_of(self, geometry)
         if self.speculate and not ran:
             return self._simulated(segment, table, walked(table, rule, self))
+        walk = walked(table, rule, self, kept_branch(segment.forwards, table))
         if ran:
-            refuse_other_rules(segment.forwards, table, self, rule)
-        reused, cold = row_states(segment.forwards, table, self)
+            refuse_other_rules(segment.forwards, table, walk)
+        reused, cold = row_states(segment.forwards, table, walk)
         return replace(recorded, reused=reused if self.reuse else None, cold=cold if self.limit else None)
 
     def _refuse_other_parameters(self, geometry: Geometry) -> None:

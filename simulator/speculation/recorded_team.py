@@ -7,26 +7,16 @@ held against the recorded one; a replay of such a run is no estimate, and a run 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from simulator.policy import Geometry, Trajectory
-from tracer.decoding.accepting import AcceptRule, accept, accept_rule, quotas
+from simulator.speculation.walk import Walk
+from tracer.decoding.accepting import AcceptRule, accept_rule, quotas
 from tracer.decoding.blocks import BlockTable
-from tracer.decoding.team_rules import (
-    GUESSES,
-    TeamRules,
-    chosen_branch,
-    fill_in,
-    gained,
-    join,
-    mark_cold,
-    put,
-    surest,
-)
+from tracer.decoding.team_rules import TeamRules
 from tracer.errors import UserError
-from tracer.jit import njit
 from tracer.schema import PADDING
 from tracer.trace import ForwardTable, LayerTrace
 
@@ -36,15 +26,6 @@ LOOP = "team"
 THRESHOLD = 0.95
 
 HOT = ("hot_probability", "hot_distance")
-
-# What may be otherwise than the rules say, by the code of :func:`_first_fault`.
-FAULTS = {
-    1: "holds another number of branches",
-    2: "accepted other tokens",
-    3: "knew other tokens",
-    4: "kept another branch",
-    5: "gained another number of tokens",
-}
 
 
 def recorded_under_team(decoding: dict[str, Any]) -> bool:
@@ -77,101 +58,56 @@ def accept_rule_of(rules: TeamRules, geometry: Geometry) -> AcceptRule:
     return accept_rule(THRESHOLD if threshold is None else threshold, step_quotas)
 
 
-class Steps(NamedTuple):
-    """What the trace says of each of S denoise forwards, besides its rows."""
-
-    branches: np.ndarray  # uint8 [S]
-    chosen: np.ndarray  # int16 [S], 0 in forwards of one branch
-    gained: np.ndarray  # int64 [S], tokens, -1 unknown
-
-
-def recorded_steps(forwards: ForwardTable, table: BlockTable) -> Steps:
-    """The denoise forwards of a block table."""
-    branches, chosen = forwards.branches[table.forward], forwards.chosen_branch[table.forward]
-    return Steps(branches, np.where(branches > 1, chosen, np.int16(0)), forwards.num_accepted[table.forward])
+def kept_branch(forwards: ForwardTable, table: BlockTable) -> np.ndarray:
+    """int64 [S]: the branch each recorded denoise forward went on with."""
+    several = forwards.branches[table.forward] > 1
+    kept = np.where(several, forwards.chosen_branch[table.forward], 0)
+    return np.clip(kept, 0, table.known.shape[1] - 1).astype(np.int64)
 
 
-def refuse_other_rules(forwards: ForwardTable, table: BlockTable, rules: TeamRules, rule: AcceptRule) -> None:
-    """Make every decision of a TEAM run again.
+def refuse_other_rules(forwards: ForwardTable, table: BlockTable, walk: Walk) -> None:
+    """Hold every decision of a TEAM run against the one the rules make from what the forward before left.
 
     Raises
     ------
     UserError
         Naming the first forward that the rules would not have made.
     """
-    at, fault = _first_fault(table, recorded_steps(forwards, table), rule, rules.speculate)
-    if fault:
-        _refuse(int(forwards.forward_id[table.forward[at]]), FAULTS[fault])
+    branches, gained = forwards.branches[table.forward], forwards.num_accepted[table.forward]
+    later = walk.chosen >= 0
+    known, accepted, kept = table.known, table.accepted, kept_branch(forwards, table)
+    before = np.arange(len(kept)) - 1
+    left = known[before, kept[before]] | accepted[before, kept[before]]
+    faults = {
+        "holds another number of branches": branches != np.where(later, known.shape[1], 1),
+        "knew other tokens": (known != walk.state).any(axis=(1, 2)) | (later & (known[:, 0] != left).any(axis=1)),
+        "accepted other tokens": (accepted != walk.accepted).any(axis=(1, 2)),
+        "kept another branch": (branches > 1) & (forwards.chosen_branch[table.forward] != walk.chosen),
+        "gained another number of tokens": (gained >= 0) & (gained != walk.gained),
+    }
+    wrong = np.stack(list(faults.values()))
+    if wrong.any():
+        at = int(np.argmax(wrong.any(axis=0)))
+        _refuse(int(forwards.forward_id[table.forward[at]]), list(faults)[int(np.argmax(wrong[:, at]))])
 
 
-@njit
-def _first_fault(table, steps, rule, speculate):
-    """The first (step, fault) where the record is otherwise than the rules have it, (-1, 0) if nowhere."""
-    known, accepted, predicted = table.known, table.accepted, table.predicted
-    most, width = known.shape[1], known.shape[2]
-    taken, states = np.empty(width, np.uint8), np.empty((most, width), np.uint8)
-    state, guesses = np.empty(width, np.uint8), np.empty(GUESSES, np.int64)
-    for c in range(len(table.commit)):
-        kept = 0
-        for s in range(table.offsets[c], table.offsets[c + 1]):
-            step = s - table.offsets[c]
-            wanted = most if step and speculate else 1
-            if steps.branches[s] != wanted:
-                return s, 1
-            for r in range(wanted):
-                accept(rule, step, known[s, r], table.confidence[s, r], taken)
-                for j in range(width):
-                    if taken[j] != accepted[s, r, j]:
-                        return s, 2
-            right = 0
-            if step:
-                put(state, known[s - 1, kept])
-                join(state, accepted[s - 1, kept])
-                surest(state, table.confidence[s - 1, kept], guesses)
-                fill_in(state, guesses, states)
-                for r in range(wanted):
-                    for j in range(width):
-                        if known[s, r, j] != states[r, j]:
-                            return s, 3
-                right = chosen_branch(guesses, predicted[s - 1, kept], predicted[s, :wanted], accepted[s])
-            if wanted > 1 and steps.chosen[s] != right:
-                return s, 4
-            if steps.gained[s] >= 0 and steps.gained[s] != gained(known[s, 0], known[s, right], accepted[s, right]):
-                return s, 5
-            kept = right
-    return -1, 0
-
-
-def row_states(forwards: ForwardTable, table: BlockTable, rules: TeamRules) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of recorded forwards that are reused, and those that are cold, bool [T].
+def row_states(forwards: ForwardTable, table: BlockTable, walk: Walk) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of recorded forwards that are reused, and those that are cold, bool [T]; the same in every branch.
 
     A block's first step computes everything. Later, what was known and not just accepted is reused, as is every row outside the
     block: a guess that held was computed as a real token already. Masked positions are cold by their probability in the step
     before and their distance to what is known now.
     """
-    reused, cold = np.zeros((2, len(table.forward), table.known.shape[2]), np.uint8)
-    _row_states(table, recorded_steps(forwards, table).chosen, rules.hot, reused, cold)
-    later = np.zeros(forwards.num_forwards, bool)
-    later[table.forward] = True
-    later[table.forward[table.offsets[:-1]]] = False
+    later, kept = walk.chosen >= 0, kept_branch(forwards, table)
+    before = np.arange(len(kept)) - 1
+    reused = later[:, None] & (table.known[:, 0] > table.accepted[before, kept[before]])
+    outside = np.zeros(forwards.num_forwards, bool)
+    outside[table.forward[later]] = True
     here = table.row >= 0
-    reused_rows, cold_rows = np.repeat(later, np.diff(forwards.row_offsets)), np.zeros(forwards.num_rows, bool)
-    for rows, states in ((reused_rows, reused), (cold_rows, cold)):
+    reused_rows, cold_rows = np.repeat(outside, np.diff(forwards.row_offsets)), np.zeros(forwards.num_rows, bool)
+    for rows, states in ((reused_rows, reused), (cold_rows, walk.cold)):
         rows[table.row[here]] = np.broadcast_to(states[:, None], here.shape)[here]
     return reused_rows, cold_rows
-
-
-@njit
-def _row_states(table, chosen, hot, reused, cold):
-    """Of each step write ``reused`` and ``cold`` uint8 [S, B], the same in every branch."""
-    guesses = np.empty(GUESSES, np.int64)
-    for c in range(len(table.commit)):
-        for s in range(table.offsets[c] + 1, table.offsets[c + 1]):
-            just, sure = table.accepted[s - 1, chosen[s - 1]], table.confidence[s - 1, chosen[s - 1]]
-            surest(table.known[s, 0], sure, guesses)
-            mark_cold(table.known[s, -1], table.here[c], sure, guesses, hot, cold[s])
-            for j in range(len(just)):
-                reused[s, j] = table.known[s, 0, j] and not just[j]
 
 
 def _refuse(forward: int, what: str) -> NoReturn:

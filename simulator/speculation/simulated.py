@@ -108,7 +108,7 @@ def _write_rows(table, walk, items, real, offsets, rows):
                 rows.source[to] = real[0][c, j] if late else table.row[s, 0, j]
                 rows.known[to] = known
                 rows.stand_in[to] = late and not real[1][c, j]
-                rows.reused[to] = walk.state[i, 0, j] and not walk.fresh[i, j]
+                rows.reused[to] = walk.state[i, 0, j] and not walk.accepted[i - 1, max(walk.chosen[i - 1], 0), j]
                 rows.cold[to] = walk.cold[i, j]
                 rows.branch[to] = r
                 to += 1
@@ -174,31 +174,24 @@ def _forward_table(
 ) -> ForwardTable:
     like, which = items
     simulated = which >= 0
-    i = which[simulated]
-    masked = np.concatenate(([0], np.cumsum(undecided(state))))
-    step, gained = recorded.step[like], recorded.num_accepted[like]
-    chosen, duration = recorded.chosen_branch[like], recorded.duration_ns[like]
-    step[simulated] = i - np.searchsorted(walk.block, walk.block[i])
-    gained[simulated] = walk.gained[i]
     special = np.zeros(len(like), bool)
-    special[simulated] = walk.chosen[i] >= 0
-    chosen[special] = walk.chosen[which[special]]
-    duration[special] = -1
+    special[simulated] = walk.chosen[which[simulated]] >= 0
+    masked = np.concatenate(([0], np.cumsum(undecided(state))))
+    taken = ("request_id", "kind", "block", "kv_tokens", "step", "num_accepted", "chosen_branch", "duration_ns")
+    columns = {name: getattr(recorded, name)[like] for name in taken}
+    i = which[simulated]
+    columns["step"][simulated] = i - np.searchsorted(walk.block, walk.block[i])
+    columns["num_accepted"][simulated] = walk.gained[i]
+    columns["chosen_branch"][special] = walk.chosen[which[special]]
+    columns["duration_ns"][special] = -1
     return ForwardTable(
         forward_id=np.arange(len(like), dtype=np.uint32),
         row_offsets=offsets,
         part_offsets=np.arange(len(like) + 1, dtype=np.int64),
-        request_id=recorded.request_id[like],
-        kind=recorded.kind[like],
-        block=recorded.block[like],
-        step=step,
         row_start=np.zeros(len(like), np.int64),
         num_tokens=np.diff(offsets),
-        kv_tokens=recorded.kv_tokens[like],
         num_masked=masked[offsets[1:]] - masked[offsets[:-1]],
-        num_accepted=gained,
         num_edited=np.zeros(len(like), np.int64),
         branches=np.where(special, BRANCHES, 1).astype(np.uint8),
-        chosen_branch=chosen,
-        duration_ns=duration,
+        **columns,
     )

@@ -1,7 +1,8 @@
-"""TEAM's decoding walked over the states of a vanilla run: its forwards, what their branches know, and which branch holds.
+"""TEAM's decoding walked over recorded states: its forwards, what their branches know and accept, and which branch holds.
 
-Source: arXiv 2602.08404 and its released loop (github PKU-SEC-Lab/TEAM-MoE-dLLM @e9c502e). A state with known set Q sees what
-the latest vanilla step of its block saw whose known set is a subset of Q. Sets are uint8 arrays over a block's B positions.
+Source: arXiv 2602.08404 and its released loop (github PKU-SEC-Lab/TEAM-MoE-dLLM @e9c502e). On a vanilla run a state with known
+set Q sees what the latest step of its block saw whose known set is a subset of Q. Sets are uint8 arrays over a block's B
+positions.
 """
 
 from __future__ import annotations
@@ -28,32 +29,43 @@ from tracer.jit import njit
 
 
 class Walk(NamedTuple):
-    """N simulated denoise forwards, block after block. R branches."""
+    """N denoise forwards, block after block, as the rules have them. R branches."""
 
     block: np.ndarray  # int64 [N]
-    step: np.ndarray  # int64 [N, R], the vanilla step each branch sees
+    step: np.ndarray  # int64 [N, R], the step of the table each branch sees
     state: np.ndarray  # uint8 [N, R, B], what each branch knows
-    fresh: np.ndarray  # uint8 [N, B], accepted by the forward before
+    accepted: np.ndarray  # uint8 [N, R, B]
     cold: np.ndarray  # uint8 [N, B]
     gained: np.ndarray  # int64 [N], tokens
     chosen: np.ndarray  # int64 [N], -1 in a block's first forward
 
 
-def walked(table: BlockTable, rule: AcceptRule, rules: TeamRules) -> Walk:
-    """Simulate every block of a vanilla run."""
-    width = table.known.shape[2]
-    blocks = len(table.commit)
-    room = int((table.known[table.offsets[:-1], 0] == 0).sum()) + 2 * blocks
+def walked(table: BlockTable, rule: AcceptRule, rules: TeamRules, kept: np.ndarray | None = None) -> Walk:
+    """Walk over every block.
+
+    Parameters
+    ----------
+    table : BlockTable
+    rule : AcceptRule
+    rules : TeamRules
+    kept : int64 [S], optional
+        The branch each recorded forward went on with: its forwards are walked as they were recorded, each from what the one
+        before left. None simulates TEAM on a vanilla run.
+    """
+    blocks, width = len(table.commit), table.known.shape[2]
+    room, branches = len(table.forward), table.known.shape[1]
+    if kept is None:
+        room, branches = int((table.known[table.offsets[:-1], 0] == 0).sum()) + 2 * blocks, BRANCHES
     forwards = Walk(
         block=np.empty(room, np.int64),
-        step=np.empty((room, BRANCHES), np.int64),
-        state=np.zeros((room, BRANCHES, width), np.uint8),
-        fresh=np.zeros((room, width), np.uint8),
+        step=np.empty((room, branches), np.int64),
+        state=np.empty((room, branches, width), np.uint8),
+        accepted=np.empty((room, branches, width), np.uint8),
         cold=np.zeros((room, width), np.uint8),
         gained=np.empty(room, np.int64),
         chosen=np.empty(room, np.int64),
     )
-    total = _walk(table, rule, rules.hot, rules.limit, forwards)
+    total = _walk(table, rule, rules.hot, np.empty(0, np.int64) if kept is None else kept, kept is not None, forwards)
     return Walk(*(array[:total] for array in forwards))
 
 
@@ -76,41 +88,43 @@ def _latest_step(known, first, last, state):
 
 
 @njit
-def _walk(table, rule, hot, limit, forwards):
-    """Write ``forwards``; return how many happen. A block ends when all is known that vanilla knew in the end."""
-    width = table.known.shape[2]
-    current, just = np.empty(width, np.uint8), np.empty(width, np.uint8)
-    taken, token = np.empty((BRANCHES, width), np.uint8), np.empty((BRANCHES, width), np.int32)
+def _walk(table, rule, hot, kept, recorded, forwards):
+    """Write ``forwards``; return how many happen. A simulated block ends when all is known that was known in the end."""
+    branches, width = forwards.state.shape[1], forwards.state.shape[2]
+    current, token = np.empty(width, np.uint8), np.empty((branches, width), np.int32)
     guesses = np.empty(GUESSES, np.int64)
     i = 0
     for c in range(len(table.commit)):
         first, last = table.offsets[c], table.offsets[c + 1]
-        begin, seen = i, first
+        begin, seen, branch = i, first, 0
         put(current, table.known[first, 0])
-        just[:] = 0
         guesses[:] = -1
-        while i == begin or not _contains(current, table.final[c]):
+        while i < last if recorded else i == begin or not _contains(current, table.final[c]):
+            sure = table.confidence[seen, branch]
             if i > begin:
-                surest(current, table.confidence[seen, 0], guesses)
+                surest(current, sure, guesses)
             fill_in(current, guesses, forwards.state[i])
-            for r in range(BRANCHES):
-                state = forwards.state[i, r]
-                s = first if i == begin else _latest_step(table.known, first, last, state)
-                accept(rule, i - begin, state, table.confidence[s, 0], taken[r])
-                put(token[r], table.predicted[s, 0])
+            for r in range(branches):
+                s = i if recorded else first
+                if i > begin and not recorded:
+                    s = _latest_step(table.known, first, last, forwards.state[i, r])
+                of = r if recorded else 0
+                accept(rule, i - begin, forwards.state[i, r], table.confidence[s, of], forwards.accepted[i, r])
+                put(token[r], table.predicted[s, of])
                 forwards.step[i, r] = s
-            if limit and i > begin:
-                everything, sure = forwards.state[i, BRANCHES - 1], table.confidence[seen, 0]
-                mark_cold(everything, table.here[c], sure, guesses, hot, forwards.cold[i])
-            chosen = chosen_branch(guesses, table.predicted[seen, 0], token, taken)
+            if i > begin:
+                mark_cold(forwards.state[i, -1], table.here[c], sure, guesses, hot, forwards.cold[i])
+            chosen = chosen_branch(guesses, table.predicted[seen, branch], token, forwards.accepted[i])
             forwards.block[i] = c
             forwards.chosen[i] = chosen if i > begin else -1
-            forwards.gained[i] = gained(current, forwards.state[i, chosen], taken[chosen])
-            put(forwards.fresh[i], just)
-            seen = forwards.step[i, chosen]
-            put(just, taken[chosen])
-            put(current, forwards.state[i, chosen])
-            join(current, just)
+            forwards.gained[i] = gained(current, forwards.state[i, chosen], forwards.accepted[i, chosen])
+            if recorded:
+                seen, branch = i, kept[i]
+                put(current, table.known[min(i + 1, last - 1), 0])
+            else:
+                seen = forwards.step[i, chosen]
+                put(current, forwards.state[i, chosen])
+                join(current, forwards.accepted[i, chosen])
             i += 1
     return i
 

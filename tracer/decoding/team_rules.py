@@ -75,8 +75,8 @@ class TeamRules:
 
     @property
     def hot(self) -> Hot:
-        """What keeps a row from being cold."""
-        return Hot(np.float32(self.hot_probability), self.hot_distance)
+        """What keeps a row from being cold; without ``limit`` every probability does."""
+        return Hot(np.float32(self.hot_probability if self.limit else 0), self.hot_distance)
 
 
 @njit
