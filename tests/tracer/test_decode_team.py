@@ -267,7 +267,7 @@ def test_decoded_rows_keep_the_output_of_the_branch_before():
 
     class Watched(TeamLayers):
         def step(self, branches, decoded, cold):
-            plans.append([branches, decoded, None])
+            plans.append([branches, None if decoded is None else torch.from_numpy(decoded), None])
             step(self, branches, decoded, cold)
 
         def keep(self, branch):

@@ -36,6 +36,8 @@ class TeamLayers:
         self._given: dict[int, torch.Tensor] = {}
         self._running = False
         self._branches = 1
+        # Bool [R * B]: rows that run in the call prepared; None where all do.
+        self.routed: np.ndarray | None = None
         self._computed: torch.Tensor | None = None
         self._cold: torch.Tensor | None = None
         self._handles: list[Any] = []
@@ -57,7 +59,7 @@ class TeamLayers:
         self._handles = []
         self._kept, self._given = {}, {}
 
-    def step(self, branches: int, decoded: torch.Tensor | None, cold: torch.Tensor | None) -> None:
+    def step(self, branches: int, decoded: np.ndarray | None, cold: np.ndarray | None) -> None:
         """Prepare a denoise call.
 
         Parameters
@@ -68,17 +70,13 @@ class TeamLayers:
             Rows of every branch that keep their output, and rows that are restricted; None for none.
         """
         self._running, self._branches = True, branches
-        self._computed = self._cold = None
-        if decoded is not None and bool(decoded.any()):
-            self._computed = ~decoded.repeat(branches)
-        if cold is not None and bool(cold.any()):
-            cold = cold.repeat(branches)
-            self._cold = cold if self._computed is None else cold[self._computed]
-
-    @property
-    def routed(self) -> np.ndarray | None:
-        """Bool [R * B]: rows that run in the call prepared; None where all do."""
-        return None if self._computed is None else self._computed.cpu().numpy()
+        self.routed = self._computed = self._cold = None
+        if decoded is not None and decoded.any():
+            self.routed = np.tile(~decoded, branches)
+            self._computed = torch.from_numpy(self.routed)
+        if cold is not None and cold.any():
+            rows = np.tile(cold, branches)
+            self._cold = torch.from_numpy(rows if self.routed is None else rows[self.routed])
 
     def keep(self, branch: int) -> None:
         """After the call: its outputs in this branch are what decoded rows keep next."""
