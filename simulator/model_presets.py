@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from simulator.preset_files import Text, preset_model, read_preset
+from tracer.errors import unknown
 from tracer.schema import SCORE_FUNCTIONS
 
 FOLDER = Path(__file__).parent / "presets" / "models"

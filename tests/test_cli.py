@@ -122,6 +122,37 @@ def test_resume_goes_on_with_the_same_command_only(tmp_path):
     assert check(path) == [] and open_trace(path).num_forwards == before
 
 
+def test_a_team_capture_replays_as_it_ran(tmp_path):
+    path, out = tmp_path / "team.trace", tmp_path / "result"
+    options = ("--prompt", "def main(", "--gen-length", 40, "--block-length", 16, "--steps", 8, "--threshold", 0.6)
+    made = run("capture", "demo:sdar", "--loop", "team", "--out", path, *options, "--level", "scores", "--json")
+    assert made.exit_code == 0, (made.output, made.exception)
+    assert json.loads(run("check", path, "--json").stdout)["faults"] == []
+    trace = open_trace(path)
+    decoding = trace.meta.decoding
+    assert {
+        "loop": "team",
+        "block_length": 16,
+        "steps": 8,
+        "kv_cache": True,
+        "hot_distance": 4,
+    }.items() <= decoding.items()
+    result = run("replay", path, "--routing", "vanilla", "--routing", "team", "--out", out, "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    vanilla, team = json.loads(result.stdout)["runs"]
+    assert vanilla["estimate"] is team["estimate"] is False and team["bounds"] is None
+    figures = vanilla["summary"].keys() - {"gate_retained"}
+    assert {name: team["summary"][name] for name in figures} == {name: vanilla["summary"][name] for name in figures}
+    forwards = pl.read_parquet(out / "forwards.parquet").filter(pl.col("run") == 1).sort("forward_id")
+    recorded = trace.scan("forwards").sort("forward_id").collect()
+    assert forwards["forward_id"].to_list() == recorded["forward_id"].to_list()
+    assert len(forwards) == json.loads(made.stdout)["forwards"]
+    columns = ("num_tokens", "num_masked", "num_accepted", "branches")
+    assert all(forwards[name].to_list() == recorded[name].to_list() for name in columns)
+    assert forwards["chosen_branch"].to_list() == recorded["chosen_branch"].fill_null(-1).to_list()
+    assert set(recorded["branches"]) == {1, 4} and recorded["chosen_branch"].max() > 0
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -139,6 +170,9 @@ def test_resume_goes_on_with_the_same_command_only(tmp_path):
         (["capture", "demo:llada2", "--prompt", "x", "--dtype", "int8"], "bfloat16"),
         (["capture", "demo:llada2", "--prompt", "x", "--device", "nowhere"], "nowhere"),
         (["capture", "demo:sdar", "--prompt", "x", "--no-kv-cache"], "KV cache"),
+        (["capture", "demo:sdar", "--prompt", "x", "--no-kv-cache", "--loop", "team"], "KV cache"),
+        (["capture", "demo:sdar", "--prompt", "x", "--temperature", "1", "--loop", "team"], "--temperature"),
+        (["capture", "demo:llada2", "--prompt", "x", "--loop", "team"], "demo:llada2 is not"),
         (["capture", "random:missing.json", "--prompt-tokens", "4"], "missing.json"),
     ],
 )

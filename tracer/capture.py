@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tracer.capture_plan import CapturePlan, as_size
-from tracer.decode import decode_llada2, decode_own, decode_sdar
+from tracer.decode import decode_llada2, decode_own, decode_sdar, decode_team
 from tracer.files.folder import last_state
 from tracer.files.writer import TraceWriter
 from tracer.meta import read_meta
@@ -152,15 +152,18 @@ def _decode_one(plan: CapturePlan, number: int, recorder: Recorder, tell: Callab
                 "block_length": options.block_length,
                 "steps": options.steps,
                 "threshold": options.threshold,
-                "temperature": options.temperature,
-                "seed": seed,
                 "on_step": lambda step: tell(step.generated),
                 "recorder": recorder,
             }
-            if options.loop == "llada2":
-                result = decode_llada2(loaded.model, ids, kv_cache=bool(options.kv_cache), **common)
+            if options.loop == "team":
+                result = decode_team(loaded.model, ids, **common)
+            elif options.loop == "sdar":
+                result = decode_sdar(loaded.model, ids, temperature=options.temperature, seed=seed, **common)
             else:
-                result = decode_sdar(loaded.model, ids, **common)
+                cached = bool(options.kv_cache)
+                result = decode_llada2(
+                    loaded.model, ids, temperature=options.temperature, seed=seed, kv_cache=cached, **common
+                )
     tell(result.generated)
     return result.generated
 

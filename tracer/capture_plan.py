@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tracer.adapters.find import find_gates
+from tracer.decoding.team_layers import check_limited
+from tracer.decoding.team_rules import BRANCHES
 from tracer.errors import UserError
 from tracer.files.folder import last_state
 from tracer.meta import META_FILE, digest, read_meta
@@ -15,14 +17,14 @@ from tracer.models import LoadedModel, load_model
 from tracer.prompts import Prompt, RandomPrompts, read_prompts
 from tracer.schema import LEVELS
 
-LOOPS = ("auto", "llada2", "sdar", "own")
+LOOPS = ("auto", "llada2", "sdar", "team", "own")
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureOptions:
     """What to record and how to decode; the defaults are LLaDA2.0's and SDAR's (block 32, 32 steps, threshold 0.95).
 
-    ``kv_cache`` None means what the loop's released code does: none for LLaDA2, a prefix cache for SDAR.
+    ``kv_cache`` None means what the loop's released code does: none for LLaDA2, a prefix cache for SDAR and TEAM.
     """
 
     level: str = "active"
@@ -133,10 +135,12 @@ def plan_capture(model: str, out: Path, prompts: list[Prompt] | RandomPrompts, o
         loop=loop,
         block_length=block_length,
         steps=options.steps or block_length,
-        kv_cache=loop == "sdar" if options.kv_cache is None else options.kv_cache,
+        kv_cache=loop in ("sdar", "team") if options.kv_cache is None else options.kv_cache,
     )
-    if loop == "sdar" and not options.kv_cache:
-        raise UserError("The SDAR loop always keeps a prefix KV cache; leave --no-kv-cache out.")
+    if loop in ("sdar", "team") and not options.kv_cache:
+        raise UserError("The SDAR and TEAM loops always keep a prefix KV cache; leave --no-kv-cache out.")
+    if loop == "team":
+        _check_team(loaded, options)
     if isinstance(prompts, RandomPrompts):
         special = {token for token in (loaded.mask_id, loaded.eos_id, loaded.pad_id) if token is not None}
         prompts = prompts.draw(loaded.vocab_size, special, options.seed)
@@ -145,6 +149,15 @@ def plan_capture(model: str, out: Path, prompts: list[Prompt] | RandomPrompts, o
         loaded, Path(out), tuple(prompts), token_ids, options, _expected_bytes(loaded, token_ids, options)
     )
     return replace(plan, finished=_finished(plan)) if options.resume else plan
+
+
+def _check_team(loaded: LoadedModel, options: CaptureOptions) -> None:
+    if loaded.loop != "sdar":
+        raise UserError(f"TEAM's loop decodes models of SDAR's kind, which {loaded.id} is not; use --loop auto.")
+    if options.temperature > 0:
+        raise UserError("TEAM's loop writes the most probable tokens; leave --temperature out.")
+    # Ids of all kinds, so that rows differ and show the routers' rule.
+    check_limited(loaded.model, range(min(32, loaded.vocab_size)))
 
 
 def _finished(plan: CapturePlan) -> int:
@@ -205,7 +218,7 @@ def _expected_bytes(loaded: LoadedModel, token_ids: tuple[tuple[int, ...], ...],
     rows = 0
     for ids in token_ids:
         end = math.ceil((len(ids) + options.gen_length) / block) * block
-        per_forward = block if options.kv_cache else end
+        per_forward = block * (BRANCHES if options.loop == "team" else 1) if options.kv_cache else end
         rows += (end - len(ids)) * per_forward + 2 * end
     columns = {"ids": 0, "active": gates.num_experts / 4, "scores": gates.num_experts}[options.level]
     # Schemas and footers of one segment take some 20 kB.

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from tracer.decoding.block_loop import BlockLoop, DecodeResult, Step
-from tracer.decoding.checks import check_prompt, generate_arguments
+from tracer.decoding.checks import DecodeOptions, check_prompt, generate_arguments
+from tracer.decoding.team_loop import decode_team
 
-__all__ = ["DecodeResult", "Step", "decode_llada2", "decode_own", "decode_sdar"]
+__all__ = ["DecodeResult", "Step", "decode_llada2", "decode_own", "decode_sdar", "decode_team"]
 
 
 def decode_llada2(
@@ -53,7 +54,7 @@ def decode_llada2(
     mask_id, eos_id : int
         Mask token, and the token that ends the text (None: never).
     block_length, steps, threshold : int, int, float
-        The rule of :func:`tracer.decoding.accept.accept`; the quota of a step comes from ``block_length / steps``. (The
+        The rule of :func:`tracer.decoding.accepting.accept`; the quota of a step comes from ``block_length / steps``. (The
         released LLaDA2 code lowers ``steps`` to ``gen_length`` where that is smaller; this loop does not.)
     temperature, seed : float, int
         0 writes the most probable token. Above it tokens are drawn, reproducibly with a seed. (The released LLaDA2 code draws
@@ -70,21 +71,8 @@ def decode_llada2(
     UserError
         An option out of range, an empty prompt, or one too long for the model.
     """
-    loop = BlockLoop(
-        model,
-        input_ids,
-        gen_length,
-        mask_id,
-        eos_id,
-        block_length,
-        steps,
-        threshold,
-        temperature,
-        seed,
-        on_step,
-        recorder,
-    )
-    return loop.run(kv_cache=kv_cache, early_stop=early_stop)
+    options = DecodeOptions(gen_length, mask_id, eos_id, block_length, steps, threshold, temperature, seed)
+    return BlockLoop(model, input_ids, options, on_step, recorder).run(kv_cache=kv_cache, early_stop=early_stop)
 
 
 def decode_sdar(
@@ -107,21 +95,8 @@ def decode_sdar(
     Denoise calls run the block's rows against the cache and store nothing; when nothing is masked a commit call stores the
     block. Parameters as in :func:`decode_llada2`.
     """
-    loop = BlockLoop(
-        model,
-        input_ids,
-        gen_length,
-        mask_id,
-        eos_id,
-        block_length,
-        steps,
-        threshold,
-        temperature,
-        seed,
-        on_step,
-        recorder,
-    )
-    return loop.run(kv_cache=True, early_stop=False)
+    options = DecodeOptions(gen_length, mask_id, eos_id, block_length, steps, threshold, temperature, seed)
+    return BlockLoop(model, input_ids, options, on_step, recorder).run(kv_cache=True, early_stop=False)
 
 
 def decode_own(

@@ -26,7 +26,9 @@ def capture(
     level: Annotated[
         str, typer.Option(help="ids, active or scores: how much of the router scores to keep.")
     ] = "active",
-    loop: Annotated[str, typer.Option(help="auto, llada2, sdar or own (the model's own generate).")] = "auto",
+    loop: Annotated[
+        str, typer.Option(help="auto, llada2, sdar, team (on models like SDAR) or own (generate).")
+    ] = "auto",
     kv_cache: Annotated[bool | None, typer.Option("--kv-cache/--no-kv-cache", help="Prefix KV cache.")] = None,
     block_length: Annotated[int | None, typer.Option(help="Tokens of a block.")] = None,
     steps: Annotated[

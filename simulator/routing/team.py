@@ -9,23 +9,21 @@ min(K, reachable).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
 
 from simulator.acceptance import team as team_acceptance
 from simulator.kernels import router_arrays, select_experts
-from simulator.policy import ACTIVE, SCORES, Geometry, Selection, Trajectory
+from simulator.policy import ACTIVE, CONFIDENCE, SCORES, TOKENS, Geometry, Selection, Trajectory
 from simulator.selecting.reselect import copied_selection, recorded_scores, recorded_selection, refuse_missing_score
 from simulator.speculation.recorded_team import check_experts, check_rows, other_parameters, recorded_under_team
 from simulator.tallies.counting import union_sets
+from tracer.decoding.team_rules import TeamRules
 from tracer.errors import UserError
 from tracer.jit import njit
 from tracer.trace import LayerTrace
-
-# The acceptance policy takes the same parameters; its dataclass is their one home.
-_Parameters = team_acceptance.TeamAcceptance
 
 
 @njit
@@ -52,10 +50,10 @@ def _drop_outside(rows, row_offsets, members, member_offsets, num_experts, ids, 
 
 
 @dataclass(frozen=True)
-class Team(_Parameters):
+class Team(TeamRules):
     """Reuse decoded rows, keep cold rows inside what the others use, speculate in four branches.
 
-    Brings its acceptance along. Parameters are those of the acceptance policy ``team``, and:
+    Brings its acceptance along. Parameters are those of :class:`TeamRules`, and:
 
     Parameters
     ----------
@@ -66,10 +64,10 @@ class Team(_Parameters):
     """
 
     reselect: bool = True
-    requires: ClassVar[frozenset[str]] = frozenset({*_Parameters.requires, SCORES})
+    requires: ClassVar[frozenset[str]] = frozenset({TOKENS, CONFIDENCE, SCORES})
 
     def __post_init__(self) -> None:
-        _Parameters.__post_init__(self)
+        TeamRules.__post_init__(self)
         needed = self.acceptance().requires
         if self.limit and self.reselect:
             # Speculative forwards mix rows of several calls, whose columns at level "active" differ.
@@ -78,15 +76,7 @@ class Team(_Parameters):
 
     def acceptance(self) -> team_acceptance.TeamAcceptance:
         """The acceptance policy of the same parameters."""
-        return team_acceptance.TeamAcceptance(
-            reuse=self.reuse,
-            limit=self.limit,
-            speculate=self.speculate,
-            threshold=self.threshold,
-            quota=self.quota,
-            hot_probability=self.hot_probability,
-            hot_distance=self.hot_distance,
-        )
+        return team_acceptance.TeamAcceptance(**{rule.name: getattr(self, rule.name) for rule in fields(TeamRules)})
 
     def recorded_in(self, geometry: Geometry) -> bool:
         """Whether the trace's run was decoded under this very policy, so that its replay is no estimate."""

@@ -1,188 +1,197 @@
-"""From a walk over vanilla's states to a trajectory: simulated forwards and the recorded row each of their rows takes."""
+"""From a walk over vanilla's states to a trajectory: simulated forwards, and the recorded row each of their rows takes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from simulator.policy import Trajectory
-from simulator.speculation.blocks import BlockTable, rows_when_done
-from simulator.speculation.walk import BRANCHES
-from tracer.schema import DECODED, DENOISE, undecided
+from simulator.speculation.walk import Walk
+from tracer.decoding.blocks import BlockTable, rows_of
+from tracer.decoding.team_rules import BRANCHES
+from tracer.jit import njit
+from tracer.schema import DECODED, DENOISE, PROMPT, undecided
 from tracer.trace import ForwardTable, Segment
 
 
-@dataclass(frozen=True, slots=True)
-class Walk:
-    """What :func:`simulator.speculation.walk.walk` writes: N simulated denoise forwards, block after block."""
+class SimulatedRows(NamedTuple):
+    """R rows of a trajectory."""
 
-    block: np.ndarray  # int64 [N]
-    step: np.ndarray  # int64 [N, 4], the vanilla step each branch sees
-    state: np.ndarray  # uint8 [N, 4, B], what each branch knows
-    fresh: np.ndarray  # uint8 [N, B], accepted by the forward before
-    cold: np.ndarray  # uint8 [N, B]
-    gained: np.ndarray  # int64 [N]
-    chosen: np.ndarray  # int64 [N], -1 in a block's first forward
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        return (self.block, self.step, self.state, self.fresh, self.cold, self.gained, self.chosen)
-
-    def upto(self, total: int) -> Walk:
-        """The first ``total`` forwards."""
-        return Walk(*(array[:total] for array in self.arrays))
+    source: np.ndarray  # int64 [R], recorded row
+    known: np.ndarray  # bool [R], a real token to its branch, whatever the recorded row is
+    reused: np.ndarray  # bool [R]
+    cold: np.ndarray  # bool [R]
+    stand_in: np.ndarray  # bool [R], where the trace holds no forward of the position as a real token
+    branch: np.ndarray  # uint8 [R]
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers ``start .. start + length - 1`` of every pair, one after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-
-
-def _real_rows(segment: Segment, table: BlockTable) -> tuple[np.ndarray, np.ndarray, Segment | None]:
-    """Row of each position's first vanilla forward as a real token, int64 [C, B]; where the last step's stands in, bool.
-
-    Last, the call after the segment, whose rows go on after the segment's; None where there is none or no need of it.
-    """
-    steps = np.arange(len(table.forward))[:, None]
-    first = np.minimum.reduceat(np.where(table.known, steps, len(steps)), table.offsets[:-1], axis=0)
-    within = first < len(steps)
-    rows = np.take_along_axis(table.row, np.minimum(first, len(steps) - 1), axis=0)
-    done, following = rows_when_done(segment, table)
-    rows = np.where(within, rows, done)
-    stand_in = rows < 0
-    return np.where(stand_in, table.row[table.offsets[1:] - 1], rows), stand_in, following
-
-
-def simulated_trajectory(
-    segment: Segment, table: BlockTable, walk: Walk, reuse: bool
-) -> tuple[Trajectory, np.ndarray, bool]:
+def simulated_trajectory(segment: Segment, table: BlockTable, walk: Walk) -> tuple[Trajectory, SimulatedRows]:
     """The forwards of a walk among the recorded prefill and commit forwards.
 
     A block's first forward is the recorded one. A speculative forward holds the rows outside its block once (reused, as its
-    branch 0 sees them), then its four branches, branch-major. Forwards are numbered from 0.
+    branch 0 sees them), then its branches, branch-major. Forwards are numbered from 0.
 
     Parameters
     ----------
     segment : Segment
-        T rows.
     table : BlockTable
-        Its blocks.
+        Its blocks, one branch.
     walk : Walk
         N simulated forwards.
-    reuse : bool
-        Whether decoded rows keep their previous outputs.
 
     Returns
     -------
-    tuple
-        The trajectory, without cold rows, bounds and notes; its cold rows, bool [R]; whether any row stands in for one the
-        trace does not hold.
+    tuple of (Trajectory, SimulatedRows)
+        The trajectory, without reused and cold rows, bounds and notes.
     """
     forwards, tokens = segment.forwards, segment.tokens
     assert tokens is not None
-    spec = walk.chosen >= 0
-    first_step = table.offsets[:-1]
-    here = table.row[first_step] >= 0
     # Items: every recorded forward that is not a denoise one, then every simulated one where its block began.
     others = np.flatnonzero(forwards.kind != DENOISE)
-    anchor = np.concatenate((others, table.forward[first_step][walk.block]))
+    anchor = np.concatenate((others, table.forward[table.offsets[:-1]][walk.block]))
     like = np.concatenate((others, table.forward[walk.step[:, 0]]))
     which = np.concatenate((np.full(len(others), -1), np.arange(len(walk.block))))
     order = np.lexsort((which, anchor))
     like, which = like[order], which[order]
-    special = (which >= 0) & spec[which] if len(spec) else np.zeros(len(which), bool)
-    lengths = np.diff(forwards.row_offsets)[like]
-    width = here.sum(axis=1)
-    in_block = np.where(special, width[walk.block[which]], 0) if len(spec) else np.zeros(len(which), np.int64)
-    outside = lengths - in_block
-    sizes = outside + BRANCHES * in_block
+    copies = np.zeros(len(like), np.int64)
+    width = table.here.sum(axis=1, dtype=np.int64)
+    copies[which >= 0] = np.where(walk.chosen >= 0, width[walk.block], 0)[which[which >= 0]]
+    sizes = np.diff(forwards.row_offsets)[like] + (BRANCHES - 1) * copies
     offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-    rows = int(offsets[-1])
-    source = np.empty(rows, np.int64)
-    known = np.zeros(rows, bool)
-    reused, cold = np.zeros(rows, bool), np.zeros(rows, bool)
-    branch = np.zeros(rows, np.uint8)
-    copied = ~special
-    source[_ranges(offsets[:-1][copied], sizes[copied])] = _ranges(forwards.row_offsets[like[copied]], lengths[copied])
     inside = np.zeros(forwards.num_rows, bool)
     inside[table.row[table.row >= 0]] = True
-    strangers = np.flatnonzero(~inside)
-    begins = np.searchsorted(strangers, forwards.row_offsets[like[special]])
-    to = _ranges(offsets[:-1][special], outside[special])
-    source[to] = strangers[_ranges(begins, outside[special])]
-    reused[to] = True
-    i = which[special]
-    real, stand_in, following = table.commit_row, np.zeros((0, 0), bool), None
-    if len(first_step):
-        real, stand_in, following = _real_rows(segment, table)
-    late = walk.state[i].astype(bool) & ~table.known[walk.step[i]]
-    own = np.where(late, real[walk.block[i]][:, None, :], table.row[walk.step[i]])
-    mask = np.broadcast_to(here[walk.block[i]][:, None, :], own.shape)
-    to = _ranges(offsets[:-1][special] + outside[special], BRANCHES * in_block[special])
-    source[to] = own[mask]
-    known[to] = walk.state[i].astype(bool)[mask]
-    decoded = (walk.state[i, 0] & ~walk.fresh[i] & 1).astype(bool)
-    reused[to] = np.broadcast_to(decoded[:, None, :], own.shape)[mask]
-    cold[to] = np.broadcast_to(walk.cold[i].astype(bool)[:, None, :], own.shape)[mask]
-    branch[to] = np.broadcast_to(np.arange(BRANCHES, dtype=np.uint8)[None, :, None], own.shape)[mask]
+    real, recorded_as_real, following = _real_rows(segment, table)
+    number = int(offsets[-1])
+    flags = np.zeros((4, number), bool)
+    rows = SimulatedRows(np.empty(number, np.int64), flags[0], flags[1], flags[2], flags[3], np.zeros(number, np.uint8))
+    _write_rows(table, walk, (like, which, forwards.row_offsets, inside), (real, recorded_as_real), offsets, rows)
     position, state = tokens.position, tokens.state
-    if following is not None and source.max() >= forwards.num_rows:
+    if following is not None and rows.source.max() >= forwards.num_rows:
         assert following.tokens is not None
         position = np.append(position, following.tokens.position)
         state = np.append(state, following.tokens.state)
     else:
         following = None
-    state = state[source]
-    state[known & undecided(state)] = DECODED
+    state = state[rows.source]
+    state[rows.known & undecided(state)] = DECODED
     trajectory = Trajectory(
-        forwards=_forward_table(forwards, table, walk, (like, which, special), offsets, state),
-        position=position[source],
+        forwards=_forward_table(forwards, walk, (like, which), offsets, state),
+        position=position[rows.source],
         state=state,
-        branch=branch,
-        source=source,
-        reused=reused if reuse else None,
+        branch=rows.branch,
+        source=rows.source,
         following=following,
     )
-    return trajectory, cold, bool((late & stand_in[walk.block[i]][:, None, :] & mask).any()) if len(i) else False
+    return trajectory, rows
+
+
+@njit
+def _write_rows(table, walk, items, real, offsets, rows):
+    """Write the rows of every item, a recorded forward or, where ``which`` has a speculative one, its branches."""
+    like, which, row_offsets, inside = items
+    for n in range(len(like)):
+        to, i = offsets[n], which[n]
+        special = i >= 0 and walk.chosen[i] >= 0
+        for t in range(row_offsets[like[n]], row_offsets[like[n] + 1]):
+            if not special or not inside[t]:
+                rows.source[to] = t
+                rows.reused[to] = special
+                to += 1
+        for r in range(BRANCHES if special else 0):
+            c, s = walk.block[i], walk.step[i, r]
+            for j in range(len(table.here[c])):
+                if not table.here[c, j]:
+                    continue
+                known = walk.state[i, r, j] == 1
+                late = known and not table.known[s, 0, j]
+                rows.source[to] = real[0][c, j] if late else table.row[s, 0, j]
+                rows.known[to] = known
+                rows.stand_in[to] = late and not real[1][c, j]
+                rows.reused[to] = walk.state[i, 0, j] and not walk.accepted[i - 1, max(walk.chosen[i - 1], 0), j]
+                rows.cold[to] = walk.cold[i, j]
+                rows.branch[to] = r
+                to += 1
+
+
+def _real_rows(segment: Segment, table: BlockTable) -> tuple[np.ndarray, np.ndarray, Segment | None]:
+    """Row of each position's first forward as a real token, and the segment's following call where one was looked at.
+
+    Where it became known in the block's last step, that is the block's commit forward or, without one, the model call right
+    after: without a KV cache that is the next block's first, which holds all tokens before it. The call may be the one after
+    the segment, but none further, so that the answer does not depend on where the trace is cut and no more than a call is read
+    beyond a segment.
+
+    Returns
+    -------
+    tuple
+        int64 [C, B], from the segment's rows on those of the following call; bool [C, B], False where no such call holds the
+        position as a real token of the block's request, so that its row of the last step stands in; the following call.
+    """
+    forwards, steps = segment.forwards, len(table.forward)
+    known_at = np.where(table.known[:, 0] == 1, np.arange(steps)[:, None], steps)
+    first = np.minimum.reduceat(known_at, table.offsets[:-1], axis=0) if steps else known_at
+    last = table.offsets[1:] - 1
+    after = np.where(table.commit >= 0, table.commit, table.forward[last] + 1)
+    beyond = after == forwards.num_forwards
+    following = segment.following() if beyond.any() and segment.following is not None else None
+    rows = np.full(first.shape, -1, np.int64)
+    rows[~beyond] = _rows_after(segment, table, after, ~beyond, forwards)
+    if following is not None:
+        rows[beyond] = _rows_after(following, table, np.zeros_like(after), beyond, forwards)
+        rows[beyond] += np.where(rows[beyond] >= 0, forwards.num_rows, 0)
+    earlier = np.take_along_axis(table.row[:, 0], np.minimum(first, steps - 1), axis=0)
+    rows = np.where(first < steps, earlier, rows)
+    return np.where(rows >= 0, rows, table.row[last, 0]), rows >= 0, following
+
+
+def _rows_after(
+    segment: Segment, table: BlockTable, calls: np.ndarray, which: np.ndarray, forwards: ForwardTable
+) -> np.ndarray:
+    """Row of each position of the blocks ``which`` bool [C] in ``calls`` [C] of a segment, int64 [N, B].
+
+    -1 where a call that is no commit forward does not hold the position as a real token, or is not one of the block's request
+    alone. ``forwards`` are those of the blocks.
+    """
+    ran, tokens = segment.forwards, segment.tokens
+    assert tokens is not None
+    calls, last = calls[which], table.forward[table.offsets[1:] - 1][which]
+    one = np.ones(len(calls), np.uint8)
+    rows = rows_of(segment, calls, one, forwards.block[last], (1, table.known.shape[2]))[:, 0]
+    part = ran.part_offsets[calls]
+    alone = (ran.part_offsets[calls + 1] == part + 1) & (ran.request_id[part] == forwards.request_id[last])
+    real = (tokens.state[rows] == PROMPT) | (tokens.state[rows] == DECODED)
+    committed = table.commit[which] >= 0
+    return np.where(committed[:, None] | (alone[:, None] & (rows >= 0) & real), rows, -1)
 
 
 def _forward_table(
     recorded: ForwardTable,
-    table: BlockTable,
     walk: Walk,
-    items: tuple[np.ndarray, np.ndarray, np.ndarray],
+    items: tuple[np.ndarray, np.ndarray],
     offsets: np.ndarray,
     state: np.ndarray,
 ) -> ForwardTable:
-    like, which, special = items
+    like, which = items
     simulated = which >= 0
+    special = np.zeros(len(like), bool)
+    special[simulated] = walk.chosen[which[simulated]] >= 0
     masked = np.concatenate(([0], np.cumsum(undecided(state))))
-    begin = np.zeros(len(table.commit), np.int64)
-    begin[walk.block[::-1]] = np.arange(len(walk.block))[::-1]
-    step, gained = recorded.step[like], recorded.num_accepted[like]
+    taken = ("request_id", "kind", "block", "kv_tokens", "step", "num_accepted", "chosen_branch", "duration_ns")
+    columns = {name: getattr(recorded, name)[like] for name in taken}
     i = which[simulated]
-    step[simulated] = i - begin[walk.block[i]]
-    gained[simulated] = walk.gained[i]
-    chosen, duration = recorded.chosen_branch[like], recorded.duration_ns[like]
-    chosen[special] = walk.chosen[which[special]]
-    duration[special] = -1
+    columns["step"][simulated] = i - np.searchsorted(walk.block, walk.block[i])
+    columns["num_accepted"][simulated] = walk.gained[i]
+    columns["chosen_branch"][special] = walk.chosen[which[special]]
+    columns["duration_ns"][special] = -1
     return ForwardTable(
         forward_id=np.arange(len(like), dtype=np.uint32),
         row_offsets=offsets,
         part_offsets=np.arange(len(like) + 1, dtype=np.int64),
-        request_id=recorded.request_id[like],
-        kind=recorded.kind[like],
-        block=recorded.block[like],
-        step=step,
         row_start=np.zeros(len(like), np.int64),
         num_tokens=np.diff(offsets),
-        kv_tokens=recorded.kv_tokens[like],
         num_masked=masked[offsets[1:]] - masked[offsets[:-1]],
-        num_accepted=gained,
         num_edited=np.zeros(len(like), np.int64),
         branches=np.where(special, BRANCHES, 1).astype(np.uint8),
-        chosen_branch=chosen,
-        duration_ns=duration,
+        **columns,
     )

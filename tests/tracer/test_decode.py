@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.tiny_models import BLOCK, EOS, FAMILIES, MASK, VOCAB, block_causal, prompt, tiny_model
 from tests.tracer.cells import cells
 from tracer.decode import decode_llada2, decode_sdar
-from tracer.decoding.accept import accept, predict
-from tracer.decoding.quotas import quotas
+from tracer.decoding.accepting import accept, accept_rule, quotas
+from tracer.decoding.block_loop import predict
 from tracer.errors import UserError
 from tracer.recording.context import record
 
@@ -39,8 +39,9 @@ def test_accept_is_the_naive_rule(data):
     masked = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
     threshold = data.draw(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]))
     quota = data.draw(st.integers(1, 13))
-    found = accept(torch.tensor(probability), torch.tensor(masked), threshold, quota)
-    assert set(found.nonzero().flatten().tolist()) == naive_accept(probability, masked, threshold, quota)
+    known, found = ~np.array(masked), np.zeros(size, np.uint8)
+    accept(accept_rule(threshold, [quota]), 0, known.view(np.uint8), np.array(probability, np.float32), found)
+    assert set(found.nonzero()[0].tolist()) == naive_accept(probability, masked, threshold, quota)
 
 
 @given(st.integers(1, 64), st.integers(1, 80))

@@ -8,14 +8,15 @@ import torch
 
 from simulator.replaying import replay
 from tests.builders import route_row
+from tests.simulator.test_acceptance_team import naive_accept
 from tests.simulator.test_kernels import naive_choose
-from tests.tiny_models import BLOCK, EOS, MASK, block_causal, hooks_left, prompt, tiny_model
+from tests.tiny_models import BLOCK, EOS, MASK, VOCAB, block_causal, hooks_left, prompt, tiny_model
 from tests.tracer.recorded import assert_unfinished
 from tracer.checking import check
 from tracer.decode import decode_sdar
-from tracer.decoding.accept import accept
-from tracer.decoding.team_layers import TeamLayers, choose_inside
-from tracer.decoding.team_loop import GUESSES, chosen_branch, decode_team
+from tracer.decoding.team_layers import TeamLayers, check_limited, choose_inside
+from tracer.decoding.team_loop import decode_team
+from tracer.decoding.team_rules import BRANCHES, chosen_branch
 from tracer.errors import UserError
 from tracer.parquet import open_trace
 from tracer.recording.context import record
@@ -48,10 +49,31 @@ def test_the_chosen_branch_is_the_specification_s():
         surest = rng.permutation(6)[: rng.integers(1, 3)].tolist()
         guess, token = rng.integers(0, 2, 6), rng.integers(0, 2, (4, 6))
         taken = rng.random((4, 6)) < 0.6
-        found = chosen_branch(surest, torch.tensor(guess), torch.tensor(token), torch.tensor(taken))
+        places = np.array([*surest, -1][:2])
+        found = chosen_branch(places, guess, token, taken.astype(np.uint8))
         assert found == naive_chosen(surest, guess, token, taken)
         seen.add((len(surest), found))
     assert seen == {(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3)}
+
+
+@pytest.mark.parametrize("places", [[4, 1, 2], [4, 1, -1], [3, -1, -1]])
+def test_with_any_number_of_guesses_a_branch_holds_when_smaller_ones_that_hold_confirm_it(places):
+    rng, seen = np.random.default_rng(1), set()
+    for _ in range(300):
+        guess, token = rng.integers(0, 2, 6), rng.integers(0, 2, (8, 6))
+        taken = rng.random((8, 6)) < 0.7
+        confirmed = [
+            {i for i, j in enumerate(places) if j >= 0 and taken[r][j] and token[r][j] == guess[j]} for r in range(8)
+        ]
+        guesses = [{i for i in range(3) if r >> i & 1} for r in range(8)]
+        holds = [0]
+        for r in range(1, 8):
+            if any(guesses[s] < guesses[r] and guesses[r] - guesses[s] <= confirmed[s] for s in holds):
+                holds.append(r)
+        found = chosen_branch(np.array(places), guess, token, taken.astype(np.uint8))
+        assert found == max(holds, key=lambda r: (len(guesses[r]), -r))
+        seen.add(found)
+    assert len(seen) == 2 ** sum(j >= 0 for j in places)
 
 
 def assert_same_calls(one, other):
@@ -88,7 +110,7 @@ def watched(model, **options):
     def watch(**arguments):
         cached = arguments["past_key_values"].get_seq_length()
         output = forward(**arguments)
-        if arguments["input_ids"].shape[1] == len(GUESSES) * BLOCK:
+        if arguments["input_ids"].shape[1] == BRANCHES * BLOCK:
             calls.append((cached, arguments["input_ids"][0].clone(), output.logits[0].clone()))
         return output
 
@@ -109,8 +131,8 @@ def test_branches_do_not_see_each_other(attention):
     whole = torch.cat((result.ids, torch.full((BLOCK,), MASK)))
     assert len(calls) > 3
     for cached, given, logits in calls:
-        for branch in range(len(GUESSES)):
-            own = given.view(len(GUESSES), BLOCK)[branch]
+        for branch in range(BRANCHES):
+            own = given.view(BRANCHES, BLOCK)[branch]
             length = cached + BLOCK
             mask = block_causal(length)
             if attention == "eager":
@@ -122,7 +144,7 @@ def test_branches_do_not_see_each_other(attention):
                     position_ids=torch.arange(length)[None],
                     use_cache=False,
                 ).logits[0, cached:]
-            torch.testing.assert_close(logits.view(len(GUESSES), BLOCK, -1)[branch], alone, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits.view(BRANCHES, BLOCK, -1)[branch], alone, rtol=1e-4, atol=1e-4)
 
 
 def diverse_model():
@@ -228,8 +250,8 @@ def test_rows_run_what_the_rules_say(tmp_path):
             assert (layer.count[rows] > 0).nonzero()[0].tolist() == own
             assert all(set(layer.expert_ids[rows[t]].tolist()) == sets[t] for t in own)
         for r in range(len(states)):
-            quota = accept(torch.from_numpy(sure[r]), torch.from_numpy(~states[r]), OPTIONS["threshold"], 1)
-            assert quota.tolist() == taken[r].tolist()
+            masked = {j for j in range(BLOCK) if not states[r, j]}
+            assert set(np.flatnonzero(taken[r]).tolist()) == naive_accept(masked, sure[r], OPTIONS["threshold"], 1)
         kept = max(int(forwards.chosen_branch[f]), 0)
         chosen.add(int(forwards.chosen_branch[f]))
         before = states[kept], taken[kept], sure[kept]
@@ -245,7 +267,7 @@ def test_decoded_rows_keep_the_output_of_the_branch_before():
 
     class Watched(TeamLayers):
         def step(self, branches, decoded, cold):
-            plans.append([branches, decoded, None])
+            plans.append([branches, None if decoded is None else torch.from_numpy(decoded), None])
             step(self, branches, decoded, cold)
 
         def keep(self, branch):
@@ -375,5 +397,9 @@ def test_routers_that_cannot_be_limited_are_refused():
     with pytest.raises(UserError, match=r"so its rows cannot be held to a set of experts; pass limit=False"):
         decode_team(model, prompt(9), gen_length=8, **OPTIONS)
     assert hooks_left(model) == 0
+    with pytest.raises(UserError, match=r"cannot be held to a set of experts; .* capture with --loop sdar"):
+        check_limited(model, range(VOCAB))
+    assert hooks_left(model) == 0
+    check_limited(tiny_model("sdar"), range(VOCAB))
     result = decode_team(model, prompt(9), gen_length=8, limit=False, **OPTIONS)
     assert result.generated == 8 and MASK not in result.ids.tolist()

@@ -89,7 +89,7 @@ def resolve(
     if reason is not None:
         raise refuse(gate, reason)
     if gate.router is None:
-        _find_rule(gate, routing, config, top_k, like)
+        find_rule(gate, routing, config, top_k, like)
         if gate.adapter in ("llada2", "gemma") and not gate.verified:
             raise refuse(
                 gate, f"its choice does not follow from its scores by the rule of {type(gate.module).__name__}"
@@ -146,7 +146,8 @@ def _check_shapes(gate: Gate, routing: Routing, top_k: int, num_rows: int) -> No
         raise refuse(gate, "it gave the same expert twice for one row")
 
 
-def _find_rule(gate: Gate, routing: Routing, config, top_k: int, like: Gate | None) -> None:
+def find_rule(gate: Gate, routing: Routing, config, top_k: int, like: Gate | None = None) -> None:
+    """Settle the rule of a gate, where one is known that leads to what it selected in its first call."""
     if routing.scores is None:
         return
     weights = None if routing.gate_weights is None else routing.gate_weights.detach().float().cpu().numpy()

@@ -12,12 +12,10 @@ from torch import nn
 from tracer.adapters.gate import Reader, Routing, rows
 
 
-def reader_for(output, num_experts: int, top_k: int) -> Reader | None:
-    """A reader for outputs shaped like ``output``, or None when it holds no ids."""
-    if not isinstance(output, tuple | list):
-        return None
+def places(output, num_experts: int, top_k: int) -> tuple[int | None, int | None, int | None]:
+    """Where an output holds ids, weights and scores; None for what it does not hold."""
     ids = weights = scores = None
-    for place, item in enumerate(output):
+    for place, item in enumerate(output if isinstance(output, tuple | list) else ()):
         if not isinstance(item, torch.Tensor) or item.dim() < 2:
             continue
         last = item.shape[-1]
@@ -29,6 +27,12 @@ def reader_for(output, num_experts: int, top_k: int) -> Reader | None:
             scores = place
         elif last == top_k and weights is None:
             weights = place
+    return ids, weights, scores
+
+
+def reader_for(output, num_experts: int, top_k: int) -> Reader | None:
+    """A reader for outputs shaped like ``output``, or None when it holds no ids."""
+    ids, weights, scores = places(output, num_experts, top_k)
     if ids is None:
         return None
 

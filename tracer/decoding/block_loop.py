@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tracer.adapters.gate import text_config
-from tracer.decoding.accept import accept, predict
-from tracer.decoding.checks import check_options, check_prompt
-from tracer.decoding.quotas import quotas
+from tracer.decoding.accepting import accept, accept_rule, quotas
+from tracer.decoding.checks import DecodeOptions, check_prompt
+from tracer.decoding.team_rules import GUESSES, chosen_branch, fill_in, gained, surest
 from tracer.errors import UserError
+from tracer.recording.host_call import Branches
+
+
+def as_set(rows: torch.Tensor) -> np.ndarray:
+    """A bool tensor as the set that :mod:`tracer.decoding.accepting` takes, uint8 on the host."""
+    return rows.cpu().numpy().view(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,44 +42,40 @@ class DecodeResult:
     generated: int
 
 
+@dataclass(slots=True)
+class Before:
+    """What the forward before left of its chosen branch, on the host, [B] each."""
+
+    accepted: np.ndarray  # uint8
+    token: np.ndarray  # int64
+    confidence: np.ndarray  # float32
+
+
 class BlockLoop:
     """One decoding. ``ids`` holds the whole window of blocks, masked where nothing is decided."""
 
-    def __init__(
-        self,
-        model,
-        input_ids,
-        gen_length,
-        mask_id,
-        eos_id,
-        block_length,
-        steps,
-        threshold,
-        temperature,
-        seed,
-        on_step,
-        recorder,
-    ):
-        check_options(gen_length, mask_id, block_length, steps, threshold, temperature)
-        prompt = check_prompt(model, input_ids, gen_length, block_length)
-        self.model, self.recorder, self.on_step = model, recorder, on_step
+    # Of a block in a denoise call after its first.
+    branches = 1
+
+    def __init__(self, model, input_ids, options: DecodeOptions, on_step, recorder):
+        prompt = check_prompt(model, input_ids, options.gen_length, options.block_length)
+        self.model, self.options, self.recorder, self.on_step = model, options, recorder, on_step
         self.is_sdar = type(model).__name__.startswith("SDAR")
-        self.mask_id, self.eos_id, self.block_length = mask_id, eos_id, block_length
-        self.threshold, self.temperature = threshold, temperature
-        self.quotas = quotas(block_length, steps)
-        self.prompt_tokens, self.limit = prompt.shape[1], prompt.shape[1] + gen_length
+        self.mask_id, self.eos_id, self.block_length = options.mask_id, options.eos_id, options.block_length
+        self.rule = accept_rule(options.threshold, quotas(options.block_length, options.steps))
+        self.prompt_tokens, self.limit = prompt.shape[1], prompt.shape[1] + options.gen_length
         self.device = prompt.device
-        self.blocks = -(-self.limit // block_length)
-        self.ids = torch.full((1, self.blocks * block_length), mask_id, dtype=torch.long, device=self.device)
+        self.blocks = -(-self.limit // self.block_length)
+        self.ids = torch.full((1, self.blocks * self.block_length), self.mask_id, dtype=torch.long, device=self.device)
         self.ids[:, : self.prompt_tokens] = prompt
         self.forwards = self.decided = 0
         self.generator = None
-        if temperature > 0:
+        if options.temperature > 0:
             self.generator = torch.Generator(self.device)
-            if seed is None:
+            if options.seed is None:
                 self.generator.seed()
             else:
-                self.generator.manual_seed(seed)
+                self.generator.manual_seed(options.seed)
 
     @torch.no_grad()
     def run(self, kv_cache: bool, early_stop: bool) -> DecodeResult:
@@ -101,51 +104,99 @@ class BlockLoop:
     def _denoise(self, block: int, cache, early_stop: bool) -> bool:
         """Denoise a block until nothing in it is masked; True when decoding stopped inside it."""
         low, high = self._bounds(block)
-        step = 0
-        masked = self.ids[0, low:high] == self.mask_id
-        while bool(masked.any()):
-            logits = self._call("denoise", block, step, low if cache is not None else 0, high, cache)[
-                -self.block_length :
-            ]
-            token, probability, best, best_probability = predict(logits, self.mask_id, self.temperature, self.generator)
-            accepted = accept(probability, masked, self.threshold, self.quotas[step])
-            self.ids[0, low:high] = torch.where(accepted, token, self.ids[0, low:high])
-            if self.recorder is not None:
-                self.recorder.note(
-                    predicted_ids=token,
-                    confidence=probability,
-                    accepted=accepted,
-                    argmax_ids=best,
-                    argmax_confidence=best_probability,
-                )
-            masked = self.ids[0, low:high] == self.mask_id
-            count = int(accepted.sum())
-            self._tell("denoise", block, step, range(low, high), count)
+        before, step = None, 0
+        while bool(self.ids[0, low:high].eq(self.mask_id).any()):
+            before = self._forward(block, step, cache, before)
             step += 1
-            if early_stop and self._end() is not None and bool((token[accepted] == self.eos_id).any()):
+            if early_stop and self._end() is not None and self.eos_id in before.token[before.accepted == 1]:
                 before_end = self.ids[0, self.prompt_tokens : self._end()]
-                if not bool((before_end == self.mask_id).any()):
+                if not bool(before_end.eq(self.mask_id).any()):
                     return True
         return False
 
+    def _forward(self, block: int, step: int, cache, before: Before | None) -> Before:
+        """Run a step of a block, all branches in one call, and go on from the one whose guesses hold; a first step has none."""
+        low, high = self._bounds(block)
+        now = self.ids[0, low:high]
+        known, guesses, guess = as_set(now != self.mask_id), np.full(GUESSES, -1), np.zeros(high - low, np.int64)
+        if before is not None:
+            guess = before.token
+            surest(known, before.confidence, guesses)
+        states = np.empty((1 if before is None else self.branches, high - low), np.uint8)
+        fill_in(known, guesses, states)
+        guessed, filled = (torch.from_numpy(array).to(self.device) for array in (states > known, guess))
+        given = torch.where(guessed, filled, now)
+        routed = self._prepare(states, known, guesses, before)
+        logits = self._call_branches(block, step, given, cache)[-given.numel() :]
+        token, probability, best, best_probability = predict(
+            logits, self.mask_id, self.options.temperature, self.generator
+        )
+        tokens, confidence = (each.cpu().numpy().reshape(states.shape) for each in (token, probability))
+        taken = np.empty_like(states)
+        for branch in range(len(states)):
+            accept(self.rule, step, states[branch], confidence[branch], taken[branch])
+        chosen = chosen_branch(guesses, guess, tokens, taken)
+        count = gained(known, states[chosen], taken[chosen])
+        accepted = torch.from_numpy(taken.view(bool)).to(self.device)
+        self.ids[0, low:high] = torch.where(accepted[chosen], token.view(given.shape)[chosen], given[chosen])
+        if self.recorder is not None:
+            self.recorder.note(
+                predicted_ids=token,
+                confidence=probability,
+                accepted=accepted,
+                argmax_ids=best,
+                argmax_confidence=best_probability,
+                branches=Branches(len(states), chosen if len(states) > 1 else None, count, routed),
+            )
+        self._tell("denoise", block, step, range(low, high), count)
+        self._keep(chosen)
+        return Before(taken[chosen], tokens[chosen], confidence[chosen])
+
+    def _prepare(
+        self, states: np.ndarray, known: np.ndarray, guesses: np.ndarray, before: Before | None
+    ) -> np.ndarray | None:
+        """Before a call of branches that know ``states`` [R, B]: which rows MoE layers get, bool [R * B], None for all."""
+        return None
+
+    def _keep(self, chosen: int) -> None:
+        """After it: the branch that decoding goes on with."""
+
     def _call(self, kind: str, block: int, step: int, low: int, high: int, cache) -> torch.Tensor:
         """Run the model on positions low..high-1 and return their logits [rows, V]."""
-        if self.recorder is not None:
-            self.recorder.announce(kind, block, step)
         positions = torch.arange(high, device=self.device)
         seen = positions[None, :] // self.block_length <= positions[low:high, None] // self.block_length
-        stored = kind != "denoise"
+        return self._run((kind, block, step), self.ids[:, low:high], positions[None, low:high], seen, cache)
+
+    def _call_branches(self, block: int, step: int, given: torch.Tensor, cache) -> torch.Tensor:
+        """Run every branch in one call, ``given`` int64 [R, B]; a row sees what is before the block, and its own branch.
+
+        Returns logits [rows, V], those of the branches last: a single branch without a cache runs with all before it.
+        """
+        low, high = self._bounds(block)
+        if len(given) == 1:
+            return self._call("denoise", block, step, low if cache is not None else 0, high, cache)
+        branch = torch.arange(len(given), device=self.device).repeat_interleave(high - low)
+        own = branch[:, None] == branch[None, :]
+        seen = torch.cat((own.new_ones(len(branch), low), own), dim=1)
+        positions = torch.arange(low, high, device=self.device).repeat(len(given))[None]
+        return self._run(("denoise", block, step), given.view(1, -1), positions, seen, cache)
+
+    def _run(self, call: tuple[str, int, int], ids, positions, seen: torch.Tensor, cache) -> torch.Tensor:
+        """One model call; only what is not denoising stays in the cache. ``seen`` bool [rows, keys]."""
+        if self.recorder is not None:
+            self.recorder.announce(*call)
+        stored = call[0] != "denoise"
         output = self.model(
-            input_ids=self.ids[:, low:high],
+            input_ids=ids,
             attention_mask=self._mask(seen[None, None]),
-            position_ids=positions[None, low:high],
+            position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
             # SDAR's own modeling file stores keys and values only when told so.
             **({"store_kv": stored} if self.is_sdar else {}),
         )
         if cache is not None:
-            self._keep_cached(cache, high if stored else low)
+            self._keep_cached(cache, seen.shape[1] - (0 if stored else ids.shape[1]))
         self.forwards += 1
         return output.logits[0]
 
@@ -192,3 +243,34 @@ class BlockLoop:
         if self.recorder is not None:
             self.recorder.finish(generated=generated, stop_reason=reason)
         return DecodeResult(self.ids[0, :stop].clone(), reason, self.forwards, generated)
+
+
+def predict(
+    logits: torch.Tensor, mask_id: int, temperature: float, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The token to write at each row, its probability, the most probable token and its probability.
+
+    Parameters
+    ----------
+    logits : float [R, V]
+    mask_id : int
+        Never chosen, so that every accepted row leaves the mask; probabilities are of the whole vocabulary all the same.
+    temperature : float
+        0 takes the most probable token of softmax(logits); above 0 a token is drawn from softmax(logits / temperature), which
+        then is the distribution of both probabilities.
+    generator : torch.Generator, optional
+        Of the draw, on the device of ``logits``.
+
+    Returns
+    -------
+    tuple of (int64 [R], float32 [R], int64 [R], float32 [R])
+    """
+    scaled = logits.float() / temperature if temperature > 0 else logits.float()
+    distribution = scaled.softmax(dim=-1)
+    choosable = distribution.clone()
+    choosable[:, mask_id] = 0.0
+    best_probability, best = choosable.max(dim=-1)
+    if temperature == 0:
+        return best, best_probability, best, best_probability
+    drawn = torch.multinomial(choosable, 1, generator=generator)
+    return drawn.squeeze(-1), distribution.gather(-1, drawn).squeeze(-1), best, best_probability

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,25 +14,36 @@ from tracer.adapters.gate import text_config
 from tracer.errors import UserError
 
 
-def check_options(
-    gen_length: int, mask_id: int | None, block_length: int, steps: int, threshold: float, temperature: float
-) -> None:
-    """Check the numbers of a decoding.
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """The numbers of a block-diffusion decoding; see :func:`tracer.decode.decode_llada2`.
 
     Raises
     ------
     UserError
         Naming the first that is out of range.
     """
-    for name, value in (("gen_length", gen_length), ("block_length", block_length), ("steps", steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
-    if mask_id is None or mask_id < 0:
-        raise UserError("This loop needs the mask token: pass mask_id, the id the model was trained with.")
-    if not 0 <= threshold <= 1:
-        raise UserError(f"threshold is a probability between 0 and 1, not {threshold!r}.")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise UserError(f"temperature must be 0 or more and finite, not {temperature!r}.")
+
+    gen_length: int
+    mask_id: int
+    eos_id: int | None
+    block_length: int
+    steps: int
+    threshold: float
+    temperature: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gen_length", "block_length", "steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if self.mask_id is None or self.mask_id < 0:
+            raise UserError("This loop needs the mask token: pass mask_id, the id the model was trained with.")
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"threshold is a probability between 0 and 1, not {self.threshold!r}.")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise UserError(f"temperature must be 0 or more and finite, not {self.temperature!r}.")
 
 
 def check_prompt(model: nn.Module, input_ids: Any, gen_length: int = 0, block_length: int = 1) -> torch.Tensor:

@@ -7,6 +7,7 @@ own rule. Hooks on a model as it is; they come off with :meth:`TeamLayers.close`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from tracer.adapters.find import find_gates
-from tracer.adapters.gate import Gate, text_config
-from tracer.adapters.rules import candidates, fit_rule, scores_of
+from tracer.adapters.gate import Gate, Routing, text_config
+from tracer.adapters.resolve import find_rule
+from tracer.adapters.router_tuple import places
+from tracer.adapters.rules import scores_of
 from tracer.errors import UserError
 from tracer.trace import RouterSpec
 
@@ -27,25 +30,27 @@ class TeamLayers:
     """
 
     def __init__(self, model: nn.Module, limit: bool) -> None:
-        gates = find_gates(model)
-        self._top_k, self._config = gates.top_k, text_config(model)
+        found = find_gates(model)
+        self.gates, self._top_k, self._config = found.gates, found.top_k, text_config(model)
         self._kept: dict[int, torch.Tensor] = {}
         self._given: dict[int, torch.Tensor] = {}
-        self._rules: dict[int, tuple[RouterSpec, str]] = {}
         self._running = False
         self._branches = 1
+        # Bool [R * B]: rows that run in the call prepared; None where all do.
+        self.routed: np.ndarray | None = None
         self._computed: torch.Tensor | None = None
         self._cold: torch.Tensor | None = None
         self._handles: list[Any] = []
-        for place, gate in enumerate(gates.gates):
+        for gate in self.gates if limit else ():
+            if gate.module is None:
+                raise _unlimited(gate, "has no router module of its own")
+        for place, gate in enumerate(self.gates):
             before, after = self._before(place), self._after(place)
             # First in line, so that a recorder's hooks see what the experts really run.
             self._handles.append(gate.block.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             self._handles.append(gate.block.register_forward_hook(after, prepend=True))
-            if limit:
-                if gate.module is None:
-                    raise _unlimited(gate, "has no router module of its own")
-                self._handles.append(gate.module.register_forward_hook(self._on_gate(place, gate), prepend=True))
+            if limit and gate.module is not None:
+                self._handles.append(gate.module.register_forward_hook(self._on_gate(gate), prepend=True))
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -54,7 +59,7 @@ class TeamLayers:
         self._handles = []
         self._kept, self._given = {}, {}
 
-    def step(self, branches: int, decoded: torch.Tensor | None, cold: torch.Tensor | None) -> None:
+    def step(self, branches: int, decoded: np.ndarray | None, cold: np.ndarray | None) -> None:
         """Prepare a denoise call.
 
         Parameters
@@ -65,17 +70,13 @@ class TeamLayers:
             Rows of every branch that keep their output, and rows that are restricted; None for none.
         """
         self._running, self._branches = True, branches
-        self._computed = self._cold = None
-        if decoded is not None and bool(decoded.any()):
-            self._computed = ~decoded.repeat(branches)
-        if cold is not None and bool(cold.any()):
-            cold = cold.repeat(branches)
-            self._cold = cold if self._computed is None else cold[self._computed]
-
-    @property
-    def routed(self) -> np.ndarray | None:
-        """Bool [R * B]: rows that run in the call prepared; None where all do."""
-        return None if self._computed is None else self._computed.cpu().numpy()
+        self.routed = self._computed = self._cold = None
+        if decoded is not None and decoded.any():
+            self.routed = np.tile(~decoded, branches)
+            self._computed = torch.from_numpy(self.routed)
+        if cold is not None and cold.any():
+            rows = np.tile(cold, branches)
+            self._cold = torch.from_numpy(rows if self.routed is None else rows[self.routed])
 
     def keep(self, branch: int) -> None:
         """After the call: its outputs in this branch are what decoded rows keep next."""
@@ -110,44 +111,55 @@ class TeamLayers:
 
         return give
 
-    def _on_gate(self, place: int, gate: Gate):
+    def _on_gate(self, gate: Gate):
         def limited(module, args, output):
-            if place not in self._rules:
-                self._rules[place] = self._rule(gate, output)
+            ids_at, weights_at, scores_at = places(output, gate.num_experts, self._top_k)
+            if ids_at is None or weights_at is None or scores_at is None:
+                raise _unlimited(gate, "does not return scores, weights and ids")
+            ids, weights, scores = output[ids_at], output[weights_at], output[scores_at]
+            router = gate.router or self._rule(gate, Routing(ids, weights, scores))
             if not self._running or self._cold is None:
                 return None
-            logits, weights, ids = (output[at] for at in _places(output, gate, self._top_k))
-            router, scores_are = self._rules[place]
             cold = self._cold.to(ids.device)
             allowed = torch.zeros(gate.num_experts, dtype=torch.bool, device=ids.device)
             allowed[ids[~cold].reshape(-1)] = True
-            scores = scores_of(logits[cold], router.score_function, scores_are)
-            own_ids, own_weights = choose_inside(router, scores, allowed)
+            held = scores_of(scores[cold], router.score_function, gate.scores_are)
             ids, weights = ids.clone(), weights.clone()
-            ids[cold], weights[cold] = own_ids.to(ids.dtype), own_weights.to(weights.dtype)
+            again, weighed = choose_inside(router, held, allowed)
+            ids[cold], weights[cold] = again.to(ids.dtype), weighed.to(weights.dtype)
             changed = list(output)
-            _, weights_at, ids_at = _places(output, gate, self._top_k)
             changed[weights_at], changed[ids_at] = weights, ids
             return tuple(changed)
 
         return limited
 
-    def _rule(self, gate: Gate, output: Any) -> tuple[RouterSpec, str]:
+    def _rule(self, gate: Gate, routing: Routing) -> RouterSpec:
         """The rule of a router, from what it selected in its first call."""
-        scores, weights, ids = (output[at] for at in _places(output, gate, self._top_k))
-        rounding = max(torch.finfo(scores.dtype).eps, torch.finfo(weights.dtype).eps)
-        found = fit_rule(
-            candidates(gate, self._config, self._top_k, scores),
-            scores,
-            ids.cpu().numpy().astype(np.int64),
-            weights.float().cpu().numpy(),
-            rounding,
-        )
-        if found is None:
+        find_rule(gate, routing, self._config, self._top_k)
+        if gate.router is None:
             raise _unlimited(gate, "follows no rule that is known")
-        if found[0].n_group > found[0].topk_group:
+        if gate.router.n_group > gate.router.topk_group:
             raise _unlimited(gate, "chooses among groups of experts")
-        return found
+        return gate.router
+
+
+@torch.no_grad()
+def check_limited(model: nn.Module, token_ids: Sequence[int]) -> None:
+    """Run one call, to see before a capture that every router can be held to a set of experts.
+
+    Raises
+    ------
+    UserError
+        Naming the first that cannot.
+    """
+    layers = TeamLayers(model, limit=True)
+    try:
+        model(input_ids=torch.tensor([token_ids], device=next(model.parameters()).device), use_cache=False)
+    finally:
+        layers.close()
+    for gate in layers.gates:
+        if gate.router is None:
+            raise _unlimited(gate, "never fired")
 
 
 def choose_inside(router: RouterSpec, scores: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,19 +192,8 @@ def choose_inside(router: RouterSpec, scores: torch.Tensor, allowed: torch.Tenso
     return ids, weights
 
 
-def _places(output: Any, gate: Gate, top_k: int) -> tuple[int, int, int]:
-    """Where a router's output holds scores [N, E], weights [N, K] and ids [N, K]."""
-    found: dict[str, int] = {}
-    for place, item in enumerate(output if isinstance(output, tuple | list) else ()):
-        if isinstance(item, torch.Tensor) and item.dim() == 2:
-            wide = item.is_floating_point() and item.shape[1] == gate.num_experts and "scores" not in found
-            kind = "scores" if wide else "weights" if item.is_floating_point() else "ids"
-            if wide or item.shape[1] == top_k:
-                found.setdefault(kind, place)
-    if len(found) < 3:
-        raise _unlimited(gate, "does not return scores, weights and ids")
-    return found["scores"], found["weights"], found["ids"]
-
-
 def _unlimited(gate: Gate, why: str) -> UserError:
-    return UserError(f"The router {gate.name} {why}, so its rows cannot be held to a set of experts; pass limit=False.")
+    return UserError(
+        f"The router {gate.name} {why}, so its rows cannot be held to a set of experts; pass limit=False, or capture with "
+        "--loop sdar."
+    )

@@ -14,6 +14,7 @@ import torch
 from tracer.adapters.gate import Gate, Root, Routing
 from tracer.adapters.rules import scores_of
 from tracer.errors import UserError
+from tracer.recording.host_call import Branches
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class DeviceCall:
     predictions: dict[str, torch.Tensor] = field(default_factory=dict)
     written: tuple[torch.Tensor, torch.Tensor] | None = None
     settle: bool = False
+    branches: Branches | None = None
     returned: bool = False
     begun: Any = None
     ended: Any = None

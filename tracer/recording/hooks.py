@@ -19,6 +19,7 @@ from tracer.adapters.gate import Gate, GateSet, Root, refuse, text_config
 from tracer.adapters.resolve import resolve
 from tracer.errors import UserError
 from tracer.recording.device_call import BlockLogits, DeviceCall, block_predictions
+from tracer.recording.host_call import Branches
 
 
 class Hooks:
@@ -229,10 +230,10 @@ class Hooks:
             raise UserError("note() describes the model call before it, but there was none.")
         return self._call
 
-    def note(self, predictions: dict[str, torch.Tensor], settle: bool) -> None:
+    def note(self, predictions: dict[str, torch.Tensor], settle: bool, branches: Branches | None) -> None:
         """Complete the call that has just returned with what the loop decided."""
         call = self.current_call()
-        call.predictions, call.settle = predictions, settle
+        call.predictions, call.settle, call.branches = predictions, settle, branches
         self._finish(call)
 
     def end_call(self) -> None:

@@ -14,6 +14,34 @@ from tracer.schema import undecided
 from tracer.trace import CallRouting
 
 
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """What a speculative loop says of a call of T rows, branch-major. Format: trace-format.md, "Speculative calls"."""
+
+    branches: int
+    chosen_branch: int | None
+    num_accepted: int
+    routed: np.ndarray | None = None  # bool [T], rows that the MoE layers got, so that routers fired on; None: all
+
+    def spread(self, routing: CallRouting) -> CallRouting:
+        """Routing of the routed rows alone as that of all rows, zeros elsewhere."""
+        routed = self.routed
+        if routed is None:
+            return routing
+
+        def whole(array: np.ndarray | None) -> np.ndarray | None:
+            if array is None:
+                return None
+            spread = np.zeros((len(array), len(routed), array.shape[2]), array.dtype)
+            spread[:, routed] = array
+            return spread
+
+        ids = whole(routing.expert_ids)
+        assert ids is not None
+        count = np.broadcast_to(np.where(routed, ids.shape[2], 0), ids.shape[:2])
+        return CallRouting(routing.layers, ids, whole(routing.gate_weights), whole(routing.router_scores), count)
+
+
 @dataclass(slots=True)
 class HostCall:
     """One model call on the host. ``positions`` is -1 at padding.
@@ -37,6 +65,7 @@ class HostCall:
     accepted: np.ndarray | None = None
     kept: np.ndarray | None = None
     settle: bool = False
+    branches: Branches | None = None
     written: tuple[np.ndarray, np.ndarray] | None = None
 
 
@@ -61,6 +90,7 @@ class Part:
     argmax_confidence: np.ndarray
     accepted: np.ndarray
     open: np.ndarray
+    branches: Branches | None = None
     number: int = 0
     first_row: int = 0
     settle: bool = False
@@ -84,6 +114,7 @@ def as_rows(parts: list[Part], duration_ns: int | None) -> tuple[list[dict], dic
     start = 0
     rows: list[dict] = []
     for part in parts:
+        branches = part.branches or Branches(1, None, int(np.count_nonzero(part.accepted)))
         rows.append(
             {
                 "request_id": part.sequence.request_id,
@@ -94,9 +125,9 @@ def as_rows(parts: list[Part], duration_ns: int | None) -> tuple[list[dict], dic
                 "num_tokens": len(part.positions),
                 "kv_tokens": part.kv_tokens,
                 "num_masked": int(np.count_nonzero(undecided(part.state))),
-                "num_accepted": int(np.count_nonzero(part.accepted)),
-                "branches": 1,
-                "chosen_branch": None,
+                "num_accepted": branches.num_accepted,
+                "branches": branches.branches,
+                "chosen_branch": branches.chosen_branch,
                 "duration_ns": duration_ns,
             }
         )

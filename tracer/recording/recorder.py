@@ -22,6 +22,7 @@ from tracer.meta import read_meta
 from tracer.recording.describe import describe_model, describe_run
 from tracer.recording.follow_generate import follow_generate
 from tracer.recording.hooks import Hooks
+from tracer.recording.host_call import Branches
 from tracer.recording.sink import Sink
 from tracer.schema import KINDS, SCHEMA_VERSION, STOP_REASONS, tables_of
 
@@ -146,6 +147,7 @@ class Recorder:
         argmax_ids: torch.Tensor | None = None,
         argmax_confidence: torch.Tensor | None = None,
         settle: bool = False,
+        branches: Branches | None = None,
     ) -> None:
         """Say what came of the model call before: all [B, R], for its last R rows, the current block.
 
@@ -161,6 +163,8 @@ class Recorder:
             The most probable token and its probability, where it may be another.
         settle : bool
             Everything still masked is kept as the argmax when the block is left.
+        branches : Branches, optional
+            Of a speculative loop: the branches of the call, the one it goes on with, and the rows that ran no router.
         """
         batch = len(self.hooks.current_call().token_ids)
         given = {"predicted_ids": predicted_ids, "confidence": confidence, "accepted": accepted, "kept": kept}
@@ -168,7 +172,7 @@ class Recorder:
             given |= {"argmax_ids": argmax_ids, "argmax_confidence": argmax_confidence}
         # The loop may go on writing into what it passed.
         own = {k: v.detach().reshape(batch, -1).clone() for k, v in given.items() if v is not None}
-        self.hooks.note(own, settle)
+        self.hooks.note(own, settle, branches)
 
     # What is known.
 

@@ -77,14 +77,16 @@ class Sink:
             self.writer.close(complete=complete)
 
     def _host_call(self, call: DeviceCall, arrays: dict[str, np.ndarray]) -> HostCall:
+        routing = stacked(call, arrays)
         return HostCall(
             token_ids=arrays["token_ids"],
             positions=arrays["positions"],
             kv_tokens=call.kv_tokens,
-            routing=stacked(call, arrays),
+            routing=routing if call.branches is None else call.branches.spread(routing),
             duration_ns=call.duration_ns(),
             announced=call.announced,
             settle=call.settle,
+            branches=call.branches,
             written=(arrays["written_ids"], arrays["written_confidence"]) if "written_ids" in arrays else None,
             **{name: arrays[name] for name in PREDICTIONS if name in arrays},
         )

@@ -157,6 +157,7 @@ class StepStates:
             argmax_confidence=probability[1],
             accepted=flags[0],
             open=flags[1],
+            branches=call.branches,
             number=self._calls,
         )
 
