@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from analysis.progress import bar, with_bar
+from analysis.verbs.synth import synth
 
 
 class Verbs(TyperGroup):
@@ -612,6 +613,9 @@ def import_trace(
         _print_json({"trace": str(out), "decisions": decisions})
         return
     typer.echo(str(out) if quiet else f"{out}: {decisions} decisions")
+
+
+app.command()(synth)
 
 
 @app.command()
