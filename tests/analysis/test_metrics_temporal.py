@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from analysis.metrics import consistency, overlap, settling
 from analysis.metrics.kernels import shared_words
-from tests.analysis.traces import QUICK, add_up, fields, naive_runs, traces, written_trace
+from tests.analysis.naive_runs import QUICK, add_up, fields, naive_runs
+from tests.made_up.runs import written_trace
+from tests.made_up.strategies import traces
 from tracer.parquet import open_trace
 from tracer.schema import DECODED, MASKED
 from tracer.synthetic import SyntheticOptions, write_synthetic

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 
 from simulator.acceptance.recorded import Recorded
-from tests.simulator.routing_cases import runs, seeds
+from tests.made_up.strategies import runs, seeds
 
 
 def naive_branches(forwards):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from simulator.kernels import WIDTH, kth_largest, router_arrays, select_experts
 from simulator.tallies.counting import expert_loads, union_sets, unique_experts
-from tests.builders import route_row, router, scores
-from tests.simulator.routing_cases import seeds, specs
+from tests.made_up.routers import route_row, router, scores
+from tests.made_up.strategies import seeds, specs
 
 
 def naive_choose(score, allowed, spec, top_k=None):

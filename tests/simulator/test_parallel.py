@@ -14,7 +14,7 @@ from simulator.expert_placement import PLACEMENTS, place_experts
 from simulator.parallel import expert_parallel, parallel_runs, routed_streams
 from simulator.registry import load_policy
 from simulator.streams.gather import geometry_of
-from tests.simulator.traces import random_trace
+from tests.made_up.runs import random_trace
 from tracer.errors import UserError
 from tracer.schema import DENOISE, KINDS
 

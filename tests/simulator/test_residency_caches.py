@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from simulator.policy import ExpertStream
 from simulator.registry import load_policy
-from tests.simulator.traces import geometry, naive_cell, plain_forwards, stream_of
+from tests.made_up.tables import geometry, naive_cell, plain_forwards, stream_of
 from tracer.errors import UserError
 
 E = 6

@@ -17,7 +17,7 @@ from simulator.presets import Line, hardware_names, load_hardware
 from simulator.registry import load_policy
 from simulator.residency.fiddler import Fiddler
 from simulator.streams.stream import merge_streams
-from tests.simulator.traces import geometry, plain_forwards, stream_of
+from tests.made_up.tables import geometry, plain_forwards, stream_of
 from tracer.errors import UserError
 
 E = 6

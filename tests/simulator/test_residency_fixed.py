@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.registry import load_policy
-from tests.simulator.traces import geometry, plain_forwards, stream_of
+from tests.made_up.tables import geometry, plain_forwards, stream_of
 from tracer.errors import UserError
 
 E = 6

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from simulator.registry import load_policy
 from simulator.residency.random_interval import RandomInterval
 from simulator.residency.tide import Tide
-from tests.simulator.traces import forward_table, geometry, stream_of
+from tests.made_up.tables import forward_table, geometry, stream_of
 from tracer.errors import UserError
 from tracer.schema import COMMIT, DECODE, DENOISE, PREFILL
 

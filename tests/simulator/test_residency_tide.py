@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.residency.tide import refreshes
-from tests.simulator.traces import forward_table, geometry, stream_of
+from tests.made_up.tables import forward_table, geometry, stream_of
 from tracer.errors import UserError
 from tracer.schema import COMMIT, DECODE, DENOISE, PREFILL
 

@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.routing.block_pool import BlockPool
-from tests.builders import router
-from tests.simulator.coreset_cases import (
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import (
     at_level_active,
-    cases,
     id_sets,
-    large_case,
-    make_case,
     naive_chunks,
     naive_inside,
     naive_top,

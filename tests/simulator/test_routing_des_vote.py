@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.routing.des_vote import DesVote
-from tests.builders import router
-from tests.simulator.coreset_cases import (
-    cases,
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import (
     id_sets,
-    large_case,
-    make_case,
     naive_chunks,
     naive_inside,
     naive_top,

@@ -12,19 +12,12 @@ from hypothesis import strategies as st
 from simulator.policy import Trajectory
 from simulator.routing.dmoe import Dmoe
 from simulator.routing.vanilla import Vanilla
-from tests.builders import block_run, router, scores
-from tests.simulator.routing_cases import (
-    active_only,
-    geometry,
-    recorded,
-    rows_of,
-    runs,
-    seeds,
-    specs,
-    unrouted,
-    with_layers,
-    with_padding,
-)
+from tests.made_up.changes import active_only, unrouted, with_layers, with_padding
+from tests.made_up.routers import router, scores
+from tests.made_up.runs import block_run
+from tests.made_up.strategies import recorded, runs, seeds, specs
+from tests.made_up.tables import geometry_of
+from tests.simulator.naive_rows import rows_of
 from tests.simulator.test_kernels import naive_choose
 from tracer.errors import UserError
 from tracer.schema import PADDING
@@ -190,7 +183,7 @@ def test_real_sizes(num_experts, groups, function, ties):
     )
     segment = with_layers(segment, lambda _: layer)
     for policy in (Dmoe(), Dmoe(0.3, 16), Dmoe(0.95, 12, 0, False)):
-        check(segment, geometry(segment, 32), recorded(segment, None), policy, 32)
+        check(segment, geometry_of(segment, 32), recorded(segment, None), policy, 32)
 
 
 @settings(max_examples=40, deadline=None)
@@ -225,6 +218,6 @@ def test_a_trace_without_blocks_or_scores_is_refused():
     segment, _ = block_run(np.random.default_rng(0))
     trajectory = recorded(segment, None)
     with pytest.raises(UserError, match="give block_length"):
-        Dmoe().select(segment.layer(1, True), trajectory, geometry(segment, 0))
+        Dmoe().select(segment.layer(1, True), trajectory, geometry_of(segment, 0))
     with pytest.raises(UserError, match="which the trace does not hold in layer 1"):
-        Dmoe().select(segment.layer(1), trajectory, geometry(segment))
+        Dmoe().select(segment.layer(1), trajectory, geometry_of(segment))

@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from simulator.registry import load_policy
 from simulator.routing.expert_choice import ExpertChoice
 from simulator.streams.stream import build_stream
-from tests.builders import router
-from tests.simulator.coreset_cases import (
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import (
     at_level_active,
-    cases,
     id_sets,
-    large_case,
-    make_case,
     naive_chunks,
     naive_weights,
     recorded_rows,

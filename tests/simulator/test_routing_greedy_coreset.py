@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.routing.greedy_coreset import GreedyCoreset
-from tests.builders import router
-from tests.simulator.coreset_cases import (
-    cases,
-    id_sets,
-    large_case,
-    make_case,
-    naive_chunks,
-    naive_kept,
-    recorded_rows,
-    selected_rows,
-)
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import id_sets, naive_chunks, naive_kept, recorded_rows, selected_rows
 from tracer.errors import UserError
 
 

@@ -11,17 +11,11 @@ from hypothesis import strategies as st
 
 from simulator.routing.top_k import TopK
 from simulator.routing.vanilla import Vanilla
-from tests.builders import block_run
-from tests.simulator.routing_cases import (
-    active_only,
-    geometry,
-    recorded,
-    rows_of,
-    runs,
-    seeds,
-    unrouted,
-    with_layers,
-)
+from tests.made_up.changes import active_only, unrouted, with_layers
+from tests.made_up.runs import block_run
+from tests.made_up.strategies import recorded, runs, seeds
+from tests.made_up.tables import geometry_of
+from tests.simulator.naive_rows import rows_of
 from tests.simulator.test_kernels import naive_weights
 from tracer.errors import UserError
 
@@ -96,7 +90,7 @@ def test_top_k_refuses_a_k_out_of_range():
 
 def test_top_k_needs_scores():
     segment, _ = block_run(np.random.default_rng(0))
-    where = geometry(segment)
+    where = geometry_of(segment)
     with pytest.raises(UserError, match="router scores, which the trace does not hold in layer 1"):
         TopK(1).select(segment.layer(1), recorded(segment, where), where)
     missing = with_layers(

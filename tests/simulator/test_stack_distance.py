@@ -16,8 +16,8 @@ from simulator.policy import Selection
 from simulator.residency.lru import Lru
 from simulator.streams.gather import geometry_of
 from simulator.streams.stream import build_stream, merge_streams
-from tests.simulator.long_run import long_run
-from tests.simulator.traces import joined, random_trace
+from tests.made_up.changes import joined
+from tests.made_up.runs import long_run, random_trace
 from tracer.errors import UserError
 
 

@@ -12,8 +12,8 @@ from simulator.residency.tide import Tide
 from simulator.streams.gather import geometry_of
 from simulator.streams.stream import build_stream
 from simulator.tide_grid import tide_grid
-from tests.simulator.long_run import long_run
-from tests.simulator.traces import joined, random_trace
+from tests.made_up.changes import joined
+from tests.made_up.runs import long_run, random_trace
 from tracer.errors import UserError
 from tracer.schema import COMMIT, DECODE, PREFILL
 

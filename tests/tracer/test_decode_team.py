@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from simulator.replay import replay
-from tests.builders import route_row
+from tests.made_up.calls import assert_unfinished
+from tests.made_up.routers import route_row
 from tests.simulator.test_kernels import naive_choose
 from tests.tiny_models import BLOCK, EOS, MASK, block_causal, hooks_left, prompt, tiny_model
-from tests.tracer.recorded import assert_unfinished
 from tracer.check import check
 from tracer.decode import decode_sdar
 from tracer.decoding.accept import accept

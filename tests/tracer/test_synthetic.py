@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from analysis.verbs.synth import synth
 from cli import app
 from simulator.replay import replay
-from tests.builders import route_row
+from tests.made_up.routers import route_row
 from tracer.check import check
 from tracer.errors import UserError
 from tracer.parquet import open_trace

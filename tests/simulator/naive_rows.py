@@ -1,113 +1,13 @@
-"""Cases and the naive vocabulary shared by the tests of routing policies that let a block share its experts."""
+"""Sets and loops that the naive definitions of routing policies are made of; a row is {expert: float32 weight}."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from hypothesis import strategies as st
 
-from simulator.policy import Geometry, Trajectory
-from tests.builders import block_run, router
+from tests.made_up.changes import active_layer
 from tracer.schema import PADDING
-
-BLOCK = 4
-
-
-@dataclass
-class Case:
-    """One layer of a small run, gathered to a recorded trajectory."""
-
-    layer: object
-    trajectory: Trajectory
-    geometry: Geometry
-
-
-def make_case(seed, spec, *, ties=False, kv_cache=True, mess=False, requests=1, blocks=2, block_length=BLOCK, prompt=5):
-    """A run of random routers; with ``mess`` some rows are padding, reused or not routed."""
-    rng = np.random.default_rng(seed)
-    segment, first_block = block_run(
-        rng,
-        requests=requests,
-        blocks=blocks,
-        block_length=block_length,
-        prompt=prompt,
-        kv_cache=kv_cache,
-        specs={1: spec},
-        ties=ties,
-    )
-    layer, tokens = segment.layer(1, True), segment.tokens
-    position, state, reused = tokens.position, tokens.state, None
-    if mess:
-        padding = rng.random(len(position)) < 0.15
-        position = np.where(padding, -1, position).astype(np.int32)
-        state = np.where(padding, PADDING, state).astype(np.uint8)
-        reused = rng.random(len(position)) < 0.15
-        count = np.where(rng.random(len(position)) < 0.15, 0, layer.count).astype(np.uint8)
-        layer = replace(layer, count=count)
-    geometry = Geometry(
-        layers=(1,),
-        num_experts=spec.num_experts,
-        top_k=spec.top_k,
-        routers={1: spec},
-        expert_bytes={1: 1},
-        block_length=block_length,
-        first_block=first_block,
-        decoding={},
-    )
-    return Case(layer, Trajectory(segment.forwards, position, state, reused=reused), geometry)
-
-
-@st.composite
-def specs(draw, groups=True):
-    """RouterSpecs of up to 9 experts."""
-    experts = draw(st.integers(4, 9))
-    options = [(1, 1)]
-    if groups:
-        options += [(g, kept) for g in range(2, experts + 1) if experts % g == 0 for kept in range(1, g + 1)]
-    n_group, topk_group = draw(st.sampled_from(options))
-    seed = draw(st.integers(0, 10**6))
-    return router(
-        np.random.default_rng(seed),
-        num_experts=experts,
-        top_k=draw(st.integers(1, 3)),
-        score_function=draw(st.sampled_from(["softmax", "sigmoid"])),
-        n_group=n_group,
-        topk_group=topk_group,
-        bias=draw(st.booleans()),
-        norm_topk_prob=draw(st.booleans()),
-        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
-        group_score=draw(st.sampled_from(["top2_sum", "max"])),
-        bias_in_weights=draw(st.booleans()),
-        expert_scale=np.random.default_rng(seed).random(experts).astype(np.float32) + 0.5
-        if draw(st.booleans())
-        else None,
-    )
-
-
-@st.composite
-def cases(draw, groups=True, mess=True):
-    """Small runs with every kind of router."""
-    return make_case(
-        draw(st.integers(0, 10**6)),
-        draw(specs(groups)),
-        ties=draw(st.booleans()),
-        kv_cache=draw(st.booleans()),
-        mess=mess and draw(st.booleans()),
-        requests=draw(st.integers(1, 2)),
-        prompt=draw(st.integers(1, 6)),
-    )
-
-
-def large_case(seed=0, *, score_function="sigmoid", ties=False):
-    """One block of 32 rows a forward, in the shape of LLaDA2.0-mini (sigmoid) or SDAR-30B-A3B (softmax)."""
-    rng = np.random.default_rng(seed)
-    if score_function == "sigmoid":
-        groups = {"n_group": 8, "topk_group": 4, "bias": True, "routed_scaling_factor": 2.5}
-        spec = router(rng, num_experts=256, top_k=8, score_function="sigmoid", **groups)
-    else:
-        spec = router(rng, num_experts=128, top_k=8)
-    return make_case(seed, spec, ties=ties, blocks=1, block_length=32, prompt=40, mess=False)
 
 
 def naive_chunks(case, own_only=False, length=None):
@@ -215,16 +115,15 @@ def id_sets(selection):
     return [set(map(int, ids[:n])) for ids, n in zip(selection.expert_ids, selection.count, strict=True)]
 
 
+def rows_of(selection):
+    """A selection as plain lists: per row its ids and weights, in slot order."""
+    weights = selection.gate_weights
+    return [
+        (selection.expert_ids[t, :n].tolist(), None if weights is None else weights[t, :n].tolist())
+        for t, n in enumerate(selection.count)
+    ]
+
+
 def at_level_active(case):
-    """The case as a trace of capture level "active" holds it: NaN but in the columns of experts a call uses or votes for."""
-    layer, spec = case.layer, case.layer.router
-    score = np.full_like(layer.router_scores, np.nan)
-    offsets = case.trajectory.forwards.row_offsets
-    for f in range(len(offsets) - 1):
-        held = set()
-        for t in range(offsets[f], offsets[f + 1]):
-            held |= set(map(int, layer.expert_ids[t, : layer.count[t]]))
-            held |= set(naive_top(selection_scores(case, t), spec.top_k))
-        rows = slice(offsets[f], offsets[f + 1])
-        score[rows, sorted(held)] = layer.router_scores[rows, sorted(held)]
-    return replace(case, layer=replace(layer, router_scores=score))
+    """The case as a trace of capture level "active" holds it."""
+    return replace(case, layer=active_layer(case.layer, case.trajectory.forwards.row_offsets))
