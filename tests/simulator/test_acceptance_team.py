@@ -201,6 +201,15 @@ def naive_team(segment, block_length, policy, threshold, quota):
     return found
 
 
+def of_segment(segment, geometry, policy):
+    """The definition as the rule asks for it (tests/simulator/definitions.py)."""
+    found = naive_team(segment, geometry.block_length, policy, policy.threshold, lambda step: policy.quota)
+    return [(f["step"], f["gained"], f["branches"], f["chosen"], f["rows"]) for f in found]
+
+
+NAIVE = {"team:threshold=0.6,quota=1": of_segment, "team:threshold=0.9,quota=2,reuse=false,hot_distance=1": of_segment}
+
+
 def assert_simulated(segment, where, policy, threshold, quota):
     trajectory = policy.unroll(segment, where)
     check_trajectory(trajectory, segment, "team")

@@ -27,29 +27,35 @@ from tests.simulator.naive_rows import (
 from tracer.errors import UserError
 
 
-def naive_block_pool(case, coreset_size, restrict_prefix=True):
+def naive_block_pool(case, policy):
     """The best experts by the largest selection score any row gives them, then the router's own top-K inside."""
     rows = recorded_rows(case)
-    for chunk in naive_chunks(case, not restrict_prefix):
+    for chunk in naive_chunks(case, not policy.restrict_prefix):
         pool = [max(selection_scores(case, t)[e] for t in chunk) for e in range(case.layer.router.num_experts)]
-        coreset = naive_top(pool, coreset_size)
+        coreset = naive_top(pool, policy.coreset_size)
         for t in chunk:
             rows[t] = naive_weights(case, t, naive_inside(case, t, coreset))
     return rows
 
 
+NAIVE = {
+    "block_pool:coreset_size=4": naive_block_pool,
+    "block_pool:coreset_size=5,restrict_prefix=false": naive_block_pool,
+}
+
+
 @given(case=cases(), coreset_size=st.integers(1, 12), restrict_prefix=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_block_pool_equals_sets(case, coreset_size, restrict_prefix):
-    found = BlockPool(coreset_size, restrict_prefix=restrict_prefix).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_block_pool(case, coreset_size, restrict_prefix)
+    policy = BlockPool(coreset_size, restrict_prefix=restrict_prefix)
+    assert selected_rows(case.ask(policy)) == naive_block_pool(case, policy)
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 def test_block_pool_equals_sets_at_real_sizes(score_function):
     case = large_case(6, score_function=score_function, ties=score_function == "softmax")
-    found = BlockPool().select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_block_pool(case, 48)
+    assert BlockPool().coreset_size == 48
+    assert selected_rows(case.ask(BlockPool())) == naive_block_pool(case, BlockPool())
 
 
 @given(case=cases(mess=False))

@@ -28,16 +28,19 @@ from tests.simulator.naive_rows import (
 from tracer.errors import UserError
 
 
-def naive_des_seq(case, k_prime, restrict_prefix=True, block_length=None):
+def naive_des_seq(case, policy):
     """arXiv 2602.00879, sequence form: the union of the rows' plain top-k', then the router's own top-K inside."""
     rows = recorded_rows(case)
-    for chunk in naive_chunks(case, not restrict_prefix, block_length):
+    for chunk in naive_chunks(case, not policy.restrict_prefix, policy.block_length):
         coreset = set()
         for t in chunk:
-            coreset |= set(naive_top(selection_scores(case, t), k_prime))
+            coreset |= set(naive_top(selection_scores(case, t), policy.k_prime))
         for t in chunk:
             rows[t] = naive_weights(case, t, naive_inside(case, t, coreset))
     return rows
+
+
+NAIVE = {"des_seq:k_prime=1": naive_des_seq, "des_seq:k_prime=2,restrict_prefix=false,block_length=3": naive_des_seq}
 
 
 @pytest.fixture
@@ -49,8 +52,8 @@ def small():
 @settings(max_examples=100, deadline=None)
 def test_des_seq_equals_sets(case, k_prime, restrict_prefix):
     k_prime = min(k_prime, case.layer.router.top_k)
-    found = DesSeq(k_prime, restrict_prefix=restrict_prefix).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_des_seq(case, k_prime, restrict_prefix)
+    policy = DesSeq(k_prime, restrict_prefix=restrict_prefix)
+    assert selected_rows(case.ask(policy)) == naive_des_seq(case, policy)
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
@@ -58,13 +61,13 @@ def test_des_seq_equals_sets(case, k_prime, restrict_prefix):
 def test_des_seq_equals_sets_at_real_sizes(score_function, k_prime):
     case = large_case(3, score_function=score_function, ties=k_prime == 3)
     found = DesSeq(k_prime).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_des_seq(case, k_prime)
+    assert selected_rows(found) == naive_des_seq(case, DesSeq(k_prime))
 
 
 def test_a_block_length_of_its_own_cuts_the_rows_anew(small):
     found = DesSeq(1, block_length=3).select(small.layer, small.trajectory, small.geometry)
-    assert selected_rows(found) == naive_des_seq(small, 1, block_length=3)
-    assert selected_rows(found) != naive_des_seq(small, 1)
+    assert selected_rows(found) == naive_des_seq(small, DesSeq(1, block_length=3))
+    assert selected_rows(found) != naive_des_seq(small, DesSeq(1))
 
 
 @given(case=cases(groups=False, mess=False))
@@ -95,7 +98,7 @@ def test_level_active_is_enough(case, k_prime):
     k_prime = min(k_prime, case.layer.router.top_k)
     active = at_level_active(case)
     found = DesSeq(k_prime).select(active.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_des_seq(case, k_prime)
+    assert selected_rows(found) == naive_des_seq(case, DesSeq(k_prime))
 
 
 def test_what_cannot_be_done_is_refused(small):

@@ -84,6 +84,16 @@ def naive_dmoe(layer, trajectory, top_p, min_experts, block_length, restrict_pre
     return rows
 
 
+def of_case(case, policy):
+    """The definition as the rule asks for it (tests/simulator/definitions.py)."""
+    length = policy.block_length or case.geometry.block_length
+    rows = naive_dmoe(case.layer, case.trajectory, policy.top_p, policy.min_experts, length, policy.restrict_prefix)
+    return [dict(zip(ids, map(np.float32, weights))) for ids, weights in rows]
+
+
+NAIVE = {"dmoe:top_p=0.4": of_case, "dmoe:top_p=0.6,min_experts=3,block_length=3,restrict_prefix=false": of_case}
+
+
 def check(segment, geometry, trajectory, policy, block_length):
     for layer in segment.layers:
         found = segment.layer(layer, True)

@@ -33,31 +33,33 @@ def naive_base(case, t, k0):
     return naive_top(selection_scores(case, t), k0, recorded)
 
 
-def naive_oea(case, k0, restrict_prefix=True):
+def naive_oea(case, policy):
     """arXiv 2511.02237, simplified form: bases, their union, then each row's next best inside until it has K."""
     rows = recorded_rows(case)
-    for chunk in naive_chunks(case, not restrict_prefix):
-        union = {e for t in chunk for e in naive_base(case, t, k0)}
+    for chunk in naive_chunks(case, not policy.restrict_prefix):
+        union = {e for t in chunk for e in naive_base(case, t, policy.k0)}
         for t in chunk:
-            base = naive_base(case, t, k0)
+            base = naive_base(case, t, policy.k0)
             rest = naive_top(selection_scores(case, t), case.layer.router.top_k - len(base), union - set(base))
             rows[t] = naive_weights(case, t, set(base) | set(rest))
     return rows
+
+
+NAIVE = {"oea:k0=1": naive_oea, "oea:k0=2,restrict_prefix=false": naive_oea}
 
 
 @given(case=cases(), k0=st.integers(1, 3), restrict_prefix=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_oea_equals_sets(case, k0, restrict_prefix):
     k0 = min(k0, case.layer.router.top_k)
-    found = Oea(k0, restrict_prefix=restrict_prefix).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_oea(case, k0, restrict_prefix)
+    policy = Oea(k0, restrict_prefix=restrict_prefix)
+    assert selected_rows(case.ask(policy)) == naive_oea(case, policy)
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 def test_oea_equals_sets_at_real_sizes(score_function):
     case = large_case(7, score_function=score_function, ties=score_function == "softmax")
-    found = Oea(3).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_oea(case, 3)
+    assert selected_rows(case.ask(Oea(3))) == naive_oea(case, Oea(3))
 
 
 @given(case=cases(), k0=st.integers(1, 3))
@@ -99,7 +101,7 @@ def test_without_groups_it_is_des_seq(case, k0):
 def test_level_active_is_enough(case, k0):
     k0 = min(k0, case.layer.router.top_k)
     found = Oea(k0).select(at_level_active(case).layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_oea(case, k0)
+    assert selected_rows(found) == naive_oea(case, Oea(k0))
 
 
 def test_what_cannot_be_done_is_refused():

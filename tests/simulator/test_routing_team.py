@@ -50,6 +50,16 @@ def naive_team(layer, offsets, reused, cold, reselect):
     return rows
 
 
+def of_case(case, policy):
+    """The definition as the rule asks for it (tests/simulator/definitions.py)."""
+    offsets, states = case.trajectory.forwards.row_offsets, (case.trajectory.reused, case.trajectory.cold)
+    rows = naive_team(case.layer, offsets, *states, policy.reselect)
+    return [dict(zip(ids, map(np.float32, weights))) for ids, weights in rows]
+
+
+NAIVE = {"team": of_case}
+
+
 def naive_unique(layer, chosen, trajectory):
     """Of every forward (lower bound, figure, upper bound) of its unique experts; ``chosen`` as :func:`naive_team` has it.
 

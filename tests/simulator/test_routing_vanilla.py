@@ -42,6 +42,19 @@ def naive_top_k(layer, reused, k):
     return rows
 
 
+def in_rows(case, naive, *more):
+    """A definition's (ids, weights) as the rule asks for them (tests/simulator/definitions.py)."""
+    return [
+        dict(zip(ids, map(np.float32, weights))) for ids, weights in naive(case.layer, case.trajectory.reused, *more)
+    ]
+
+
+NAIVE = {
+    "vanilla": lambda case, policy: in_rows(case, naive_vanilla),
+    "top_k:k=2": lambda case, policy: in_rows(case, naive_top_k, policy.k),
+}
+
+
 @settings(max_examples=50, deadline=None)
 @given(runs(), seeds)
 def test_vanilla_keeps_what_was_recorded(run, seed):
