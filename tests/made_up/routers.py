@@ -1,4 +1,4 @@
-"""Routers, their scores, and what they choose for one row, written out."""
+"""Routers, their scores, and what they choose for one row, written out: the one definition of the router's rule in tests."""
 
 from __future__ import annotations
 
@@ -31,28 +31,44 @@ def scores(rng, rows, spec, ties=False):
     return (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def route_row(score, spec):
-    """The vanilla rule for one row, written out; returns (ids, float32 weights). Ties: lowest expert, lowest group."""
-    selection = score + (spec.expert_bias if spec.expert_bias is not None else np.float32(0))
+def naive_choose(score, allowed, spec, top_k=None):
+    """Group-limited top-K of one row inside ``allowed``: ids ascending, float32 weights. Ties: lowest expert, lowest group."""
+    bias = np.zeros(spec.num_experts, np.float32) if spec.expert_bias is None else spec.expert_bias
+    selection = {e: np.float32(score[e] + bias[e]) for e in sorted(allowed)}
     size = spec.num_experts // spec.n_group
-    members = [list(range(g * size, (g + 1) * size)) for g in range(spec.n_group)]
-    if spec.n_group > 1:
 
-        def group_score(g):
-            best = sorted((selection[e] for e in members[g]), reverse=True)
-            if spec.group_score == "max":
-                return best[0]
-            return np.float32(best[0] + best[1]) if len(best) > 1 else np.float32(-np.inf)
+    def group_score(g):
+        best = sorted((v for e, v in selection.items() if e // size == g), reverse=True)
+        if spec.group_score == "max":
+            return best[0] if best else -np.inf
+        return np.float32(best[0] + best[1]) if len(best) > 1 else -np.inf
 
-        ranked = sorted(range(spec.n_group), key=lambda g: (-group_score(g), g))[: spec.topk_group]
-        allowed = sorted(e for g in ranked for e in members[g])
-    else:
-        allowed = list(range(spec.num_experts))
-    ids = sorted(allowed, key=lambda e: (-selection[e], e))[: spec.top_k]
-    weights = np.array([(selection if spec.bias_in_weights else score)[e] for e in ids], np.float32)
-    if spec.norm_topk_prob:
-        weights = weights / (weights.sum() + np.float32(1e-20))
-    weights = weights * np.float32(spec.routed_scaling_factor)
-    if spec.expert_scale is not None:
-        weights = weights * spec.expert_scale[ids]
-    return ids, weights.astype(np.float32)
+    if spec.topk_group < spec.n_group:
+        kept = sorted(range(spec.n_group), key=lambda g: (-group_score(g), g))[: spec.topk_group]
+        selection = {e: v for e, v in selection.items() if e // size in kept}
+    ids = sorted(sorted(selection, key=lambda e: (-selection[e], e))[: top_k or spec.top_k])
+    return ids, naive_weights(score, ids, spec)
+
+
+def naive_weights(score, ids, spec):
+    """Float32 weights of a row's experts, summed in ascending id."""
+    bias = np.zeros(spec.num_experts, np.float32) if spec.expert_bias is None else spec.expert_bias
+    raw = [np.float32(score[e] + bias[e]) if spec.bias_in_weights else np.float32(score[e]) for e in ids]
+    total = np.float32(0)
+    for w in raw:
+        total = np.float32(total + w)
+    total = np.float32(total + np.float32(1e-20))
+    weights = []
+    for e, w in zip(ids, raw, strict=True):
+        if spec.norm_topk_prob:
+            w = np.float32(w / total)
+        w = np.float32(w * np.float32(spec.routed_scaling_factor))
+        weights.append(w if spec.expert_scale is None else np.float32(w * spec.expert_scale[e]))
+    return [float(w) for w in weights]
+
+
+def route_row(score, spec):
+    """The vanilla rule for one row: (ids, float32 weights), heaviest first."""
+    ids, weights = naive_choose(score, range(spec.num_experts), spec)
+    order = sorted(range(len(ids)), key=lambda k: (-weights[k], k))
+    return [ids[k] for k in order], np.array([weights[k] for k in order], np.float32)

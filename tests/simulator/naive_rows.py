@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from tests.made_up import routers
 from tests.made_up.changes import active_layer
+from tests.made_up.routers import naive_choose
 from tracer.schema import PADDING
 
 
@@ -42,37 +44,14 @@ def naive_top(values, k, allowed=None):
 
 
 def naive_inside(case, t, allowed):
-    """A row's experts by the model's own rule inside a set: groups first, then the best K of those kept; a set of ids."""
-    spec, r = case.layer.router, selection_scores(case, t)
-    allowed = sorted(allowed)
-    if spec.topk_group < spec.n_group:
-        size = spec.num_experts // spec.n_group
-
-        def group_score(g):
-            best = sorted((r[e] for e in allowed if e // size == g), reverse=True)
-            if spec.group_score == "max":
-                return best[0] if best else np.float32(-np.inf)
-            return np.float32(best[0] + best[1]) if len(best) > 1 else np.float32(-np.inf)
-
-        kept = sorted(range(spec.n_group), key=lambda g: (-group_score(g), g))[: spec.topk_group]
-        allowed = [e for e in allowed if e // size in kept]
-    return set(naive_top(r, spec.top_k, allowed))
+    """A row's experts by the model's own rule inside a set; a set of ids."""
+    return set(naive_choose(case.layer.router_scores[t], allowed, case.layer.router)[0])
 
 
 def naive_weights(case, t, ids):
-    """Float32 weights of a row's experts, summed by ascending id: {expert: weight}."""
-    spec, score = case.layer.router, case.layer.router_scores[t]
-    raw = {e: (selection_scores(case, t) if spec.bias_in_weights else score)[e] for e in sorted(ids)}
-    total = np.float32(0)
-    for e in raw:
-        total = np.float32(total + raw[e])
-    total = np.float32(total + np.float32(1e-20))
-    found = {}
-    for e, w in raw.items():
-        w = np.float32(w / total) if spec.norm_topk_prob else w
-        w = np.float32(w * np.float32(spec.routed_scaling_factor))
-        found[e] = np.float32(w * (np.float32(1) if spec.expert_scale is None else spec.expert_scale[e]))
-    return found
+    """A row's experts with their weights: {expert: float32 weight}."""
+    ids = sorted(ids)
+    return dict(zip(ids, map(np.float32, routers.naive_weights(case.layer.router_scores[t], ids, case.layer.router))))
 
 
 def recorded_rows(case):

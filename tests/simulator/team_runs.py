@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.made_up.routers import route_row, scores
+from tests.made_up.routers import naive_choose, route_row, scores
 from tests.made_up.tables import forward_table, in_memory, layer_of_rows, token_table
 from tests.simulator.test_acceptance_team import naive_accept, naive_cold, naive_quota
-from tests.simulator.test_kernels import naive_choose
 from tracer.schema import COMMIT, DECODED, DENOISE, MASKED, PREFILL, PROMPT
 
 

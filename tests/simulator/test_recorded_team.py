@@ -15,13 +15,12 @@ from simulator.replay import replay
 from simulator.routing.team import Team
 from simulator.speculation.recorded_team import quotas_of
 from tests.made_up.changes import active_only, with_layers
-from tests.made_up.routers import router
+from tests.made_up.routers import naive_choose, router
 from tests.made_up.strategies import recorded, seeds
 from tests.made_up.tables import MemoryTrace, geometry_of, meta_of
 from tests.simulator.naive_rows import rows_of
 from tests.simulator.team_runs import team_run
 from tests.simulator.test_acceptance_team import naive_quota
-from tests.simulator.test_kernels import naive_choose
 from tracer.errors import UserError
 from tracer.schema import COMMIT, DENOISE, MASKED, PADDING
 

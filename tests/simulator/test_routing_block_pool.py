@@ -61,7 +61,7 @@ def test_block_pool_equals_sets_at_real_sizes(score_function):
 @given(case=cases(mess=False))
 @settings(max_examples=30, deadline=None)
 def test_a_pool_of_all_experts_is_vanilla(case):
-    found = BlockPool(case.layer.router.num_experts).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(BlockPool(case.layer.router.num_experts))
     assert id_sets(found) == [set(row) for row in recorded_rows(case)]
 
 

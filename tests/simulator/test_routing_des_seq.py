@@ -60,7 +60,7 @@ def test_des_seq_equals_sets(case, k_prime, restrict_prefix):
 @pytest.mark.parametrize("k_prime", [2, 3])
 def test_des_seq_equals_sets_at_real_sizes(score_function, k_prime):
     case = large_case(3, score_function=score_function, ties=k_prime == 3)
-    found = DesSeq(k_prime).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(DesSeq(k_prime))
     assert selected_rows(found) == naive_des_seq(case, DesSeq(k_prime))
 
 
@@ -73,7 +73,7 @@ def test_a_block_length_of_its_own_cuts_the_rows_anew(small):
 @given(case=cases(groups=False, mess=False))
 @settings(max_examples=40, deadline=None)
 def test_without_groups_all_k_experts_of_each_row_make_it_vanilla(case):
-    found = DesSeq(case.layer.router.top_k).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(DesSeq(case.layer.router.top_k))
     assert id_sets(found) == [set(row) for row in recorded_rows(case)]
 
 
@@ -85,7 +85,7 @@ def test_with_all_k_experts_it_is_dmoe_with_every_expert_that_has_votes(seed, to
         np.random.default_rng(seed), num_experts=8, top_k=top_k, n_group=n_group, topk_group=(n_group + 1) // 2
     )
     case = make_case(seed, spec)
-    found = selected_rows(DesSeq(top_k).select(case.layer, case.trajectory, case.geometry))
+    found = selected_rows(case.ask(DesSeq(top_k)))
     for chunk in naive_chunks(case):
         voted = {e for t in chunk for e in naive_top(selection_scores(case, t), top_k)}
         dmoe = Dmoe(top_p=0, min_experts=len(voted)).select(case.layer, case.trajectory, case.geometry)

@@ -56,7 +56,7 @@ def test_des_vote_equals_sets(case, beta, restrict_prefix):
 @pytest.mark.parametrize("beta", [0.10, 0.15])
 def test_des_vote_equals_sets_at_real_sizes(score_function, beta):
     case = large_case(4, score_function=score_function, ties=beta == 0.15)
-    found = DesVote(beta).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(DesVote(beta))
     assert selected_rows(found) == naive_des_vote(case, DesVote(beta))
     size = {0.10: {256: 25, 128: 12}, 0.15: {256: 38, 128: 19}}[beta][case.layer.router.num_experts]
     for chunk in naive_chunks(case):
@@ -66,7 +66,7 @@ def test_des_vote_equals_sets_at_real_sizes(score_function, beta):
 @given(case=cases(mess=False))
 @settings(max_examples=30, deadline=None)
 def test_all_experts_make_it_vanilla(case):
-    found = DesVote(1).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(DesVote(1))
     assert id_sets(found) == [set(row) for row in recorded_rows(case)]
 
 

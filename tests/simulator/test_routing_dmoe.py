@@ -13,12 +13,11 @@ from simulator.policy import Trajectory
 from simulator.routing.dmoe import Dmoe
 from simulator.routing.vanilla import Vanilla
 from tests.made_up.changes import active_only, unrouted, with_layers, with_padding
-from tests.made_up.routers import router, scores
+from tests.made_up.routers import naive_choose, router, scores
 from tests.made_up.runs import block_run
 from tests.made_up.strategies import recorded, runs, seeds, specs
 from tests.made_up.tables import geometry_of
 from tests.simulator.naive_rows import rows_of
-from tests.simulator.test_kernels import naive_choose
 from tracer.errors import UserError
 from tracer.schema import PADDING
 from tracer.trace import LayerTrace

@@ -66,7 +66,7 @@ def test_oea_equals_sets_at_real_sizes(score_function):
 @settings(max_examples=50, deadline=None)
 def test_a_block_uses_exactly_the_union_of_the_bases(case, k0):
     k0 = min(k0, case.layer.router.top_k)
-    found = Oea(k0).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(Oea(k0))
     sets = id_sets(found)
     for chunk in naive_chunks(case):
         union = {e for t in chunk for e in naive_base(case, t, k0)}
@@ -77,13 +77,13 @@ def test_a_block_uses_exactly_the_union_of_the_bases(case, k0):
 @given(case=cases(groups=False))
 @settings(max_examples=40, deadline=None)
 def test_a_base_of_k_is_vanilla(case):
-    found = Oea(case.layer.router.top_k).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(Oea(case.layer.router.top_k))
     assert id_sets(found) == [set(row) for row in recorded_rows(case)]
 
 
 def test_a_base_of_k_is_vanilla_for_group_limited_routers():
     case = large_case(8)
-    found = Oea(8).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(Oea(8))
     assert id_sets(found) == [set(row) for row in recorded_rows(case)]
 
 
@@ -91,8 +91,8 @@ def test_a_base_of_k_is_vanilla_for_group_limited_routers():
 @settings(max_examples=50, deadline=None)
 def test_without_groups_it_is_des_seq(case, k0):
     k0 = min(k0, case.layer.router.top_k)
-    found = Oea(k0).select(case.layer, case.trajectory, case.geometry)
-    other = DesSeq(k0).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(Oea(k0))
+    other = case.ask(DesSeq(k0))
     assert selected_rows(found) == selected_rows(other)
 
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(UserError, match="oea: block_length must be 0"):
         Oea(block_length=-2)
     with pytest.raises(UserError, match=r"oea: k0 must be 1 to 2, .* not 3"):
-        Oea(3).select(case.layer, case.trajectory, case.geometry)
+        case.ask(Oea(3))
     with pytest.raises(UserError, match="oea: the trace has no blocks"):
         Oea(1).select(case.layer, case.trajectory, replace(case.geometry, block_length=0))
     with pytest.raises(UserError, match="oea chooses experts by router scores"):

@@ -18,12 +18,11 @@ from simulator.routing.vanilla import Vanilla
 from simulator.streams.gather import gather_layer
 from simulator.tallies.counting import unique_experts
 from tests.made_up.changes import active_only, unrouted, with_layers
-from tests.made_up.routers import router
+from tests.made_up.routers import naive_choose, router
 from tests.made_up.runs import block_run
 from tests.made_up.strategies import recorded, runs, seeds, specs
 from tests.made_up.tables import MemoryTrace, geometry_of, meta_of
 from tests.simulator.naive_rows import rows_of
-from tests.simulator.test_kernels import naive_choose
 from tracer.errors import UserError
 from tracer.schema import DENOISE
 

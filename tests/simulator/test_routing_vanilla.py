@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from simulator.routing.top_k import TopK
 from simulator.routing.vanilla import Vanilla
 from tests.made_up.changes import active_only, unrouted, with_layers
+from tests.made_up.routers import naive_weights
 from tests.made_up.runs import block_run
 from tests.made_up.strategies import recorded, runs, seeds
 from tests.made_up.tables import geometry_of
 from tests.simulator.naive_rows import rows_of
-from tests.simulator.test_kernels import naive_weights
 from tracer.errors import UserError
 
 

@@ -8,8 +8,7 @@ import torch
 
 from simulator.replay import replay
 from tests.made_up.calls import assert_unfinished
-from tests.made_up.routers import route_row
-from tests.simulator.test_kernels import naive_choose
+from tests.made_up.routers import naive_choose, route_row
 from tests.tiny_models import BLOCK, EOS, MASK, block_causal, hooks_left, prompt, tiny_model
 from tracer.check import check
 from tracer.decode import decode_sdar
