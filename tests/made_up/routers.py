@@ -33,15 +33,15 @@ def scores(rng, rows, spec, ties=False):
 
 def naive_choose(score, allowed, spec, top_k=None):
     """Group-limited top-K of one row inside ``allowed``: ids ascending, float32 weights. Ties: lowest expert, lowest group."""
-    bias = np.zeros(spec.num_experts, np.float32) if spec.expert_bias is None else spec.expert_bias
-    selection = {e: np.float32(score[e] + bias[e]) for e in sorted(allowed)}
+    values = (score if spec.expert_bias is None else score + spec.expert_bias).tolist()
+    selection = {e: values[e] for e in sorted(allowed)}
     size = spec.num_experts // spec.n_group
 
     def group_score(g):
-        best = sorted((v for e, v in selection.items() if e // size == g), reverse=True)
+        best = sorted((selection[e] for e in range(g * size, (g + 1) * size) if e in selection), reverse=True)
         if spec.group_score == "max":
             return best[0] if best else -np.inf
-        return np.float32(best[0] + best[1]) if len(best) > 1 else -np.inf
+        return np.float32(best[0]) + np.float32(best[1]) if len(best) > 1 else -np.inf
 
     if spec.topk_group < spec.n_group:
         kept = sorted(range(spec.n_group), key=lambda g: (-group_score(g), g))[: spec.topk_group]
@@ -51,20 +51,13 @@ def naive_choose(score, allowed, spec, top_k=None):
 
 
 def naive_weights(score, ids, spec):
-    """Float32 weights of a row's experts, summed in ascending id."""
-    bias = np.zeros(spec.num_experts, np.float32) if spec.expert_bias is None else spec.expert_bias
-    raw = [np.float32(score[e] + bias[e]) if spec.bias_in_weights else np.float32(score[e]) for e in ids]
-    total = np.float32(0)
-    for w in raw:
-        total = np.float32(total + w)
-    total = np.float32(total + np.float32(1e-20))
-    weights = []
-    for e, w in zip(ids, raw, strict=True):
-        if spec.norm_topk_prob:
-            w = np.float32(w / total)
-        w = np.float32(w * np.float32(spec.routed_scaling_factor))
-        weights.append(w if spec.expert_scale is None else np.float32(w * spec.expert_scale[e]))
-    return [float(w) for w in weights]
+    """Float32 weights of a row's experts, summed one after the other by ascending id."""
+    ids, bias = list(ids), spec.expert_bias
+    weights = np.asarray(score + bias if spec.bias_in_weights and bias is not None else score)[ids]
+    if spec.norm_topk_prob and ids:
+        weights = weights / (np.cumsum(weights)[-1] + np.float32(1e-20))
+    weights = weights * np.float32(spec.routed_scaling_factor)
+    return (weights if spec.expert_scale is None else weights * spec.expert_scale[ids]).tolist()
 
 
 def route_row(score, spec):

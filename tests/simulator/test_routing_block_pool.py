@@ -31,7 +31,8 @@ def naive_block_pool(case, policy):
     """The best experts by the largest selection score any row gives them, then the router's own top-K inside."""
     rows = recorded_rows(case)
     for chunk in naive_chunks(case, not policy.restrict_prefix):
-        pool = [max(selection_scores(case, t)[e] for t in chunk) for e in range(case.layer.router.num_experts)]
+        scores = [selection_scores(case, t).tolist() for t in chunk]
+        pool = [max(score[e] for score in scores) for e in range(case.layer.router.num_experts)]
         coreset = naive_top(pool, policy.coreset_size)
         for t in chunk:
             rows[t] = naive_weights(case, t, naive_inside(case, t, coreset))
