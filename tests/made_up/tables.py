@@ -141,7 +141,7 @@ def meta_of(specs, *, block_length=4, expert_bytes=None, level="scores", **model
         complete=True,
         capture_level=level,
         model=ModelInfo(
-            id="tiny",
+            id="test",
             num_layers=max(specs) + 1,
             moe_layers=tuple(specs),
             num_experts=max(spec.num_experts for spec in specs.values()),
