@@ -21,7 +21,7 @@ from analysis.metrics import consistency
 from analysis.metrics.kernels import shared_bits, shared_words
 from tests.analysis import browser
 from tracer.parquet import open_trace
-from tracer.synthetic import synthesize
+from tracer.synthetic import SyntheticOptions, write_synthetic
 
 ROOT = Path(__file__).parent.parent
 REQUESTS, BLOCKS = 252, 6
@@ -73,9 +73,9 @@ def run_verb(*arguments):
 def stored(tmp_path_factory):
     """A trace of more than 100 M decisions; kernels are compiled on a small one first."""
     folder = tmp_path_factory.mktemp("consistency")
-    small = synthesize(folder / "small.trace", requests=2, blocks=2)
+    small = write_synthetic(folder / "small.trace", SyntheticOptions(blocks=2))
     run_verb("report", small, "--out", folder / "small.html", "--quiet")
-    path = synthesize(folder / "large.trace", requests=REQUESTS, blocks=BLOCKS)
+    path = write_synthetic(folder / "large.trace", SyntheticOptions(requests=REQUESTS, blocks=BLOCKS))
     assert open_trace(path).num_decisions > 1e8
     return path
 
@@ -147,7 +147,7 @@ def test_step_to_step_overlap_against_stream_read():
 @pytest.mark.bench
 def test_single_figure(tmp_path):
     """Overlap alone, files to frame."""
-    path = synthesize(tmp_path / "8.trace", requests=8, blocks=6)
+    path = write_synthetic(tmp_path / "8.trace", SyntheticOptions(requests=8, blocks=6))
     took = best(lambda: consistency(open_trace(path), only=("overlap",)), runs=3)
     decisions = consistency(open_trace(path), only=("overlap",)).summary["decisions"]
     print(

@@ -16,7 +16,7 @@ from simulator.tallies.counting import unique_experts
 from tracer import synthetic
 from tracer.parquet import TraceWriter, open_trace
 from tracer.summary import describe
-from tracer.synthetic import synthesize
+from tracer.synthetic import SyntheticOptions, write_synthetic
 from tracer.trace import CallRouting
 
 RUNS = 7
@@ -94,7 +94,7 @@ def kept(request):
     shape, compact = request.param
     patch = pytest.MonkeyPatch()
     patch.setattr(synthetic, "TraceWriter", Kept)
-    synthesize("unused", **SHAPES[shape], compact=compact)
+    write_synthetic("unused", SyntheticOptions(**SHAPES[shape]), compact=compact)
     patch.undo()
     return f"{shape}{', compact' * compact}", Kept.last
 
@@ -123,14 +123,9 @@ def entropy(trace, temporal, skew):
 @pytest.mark.parametrize("temporal", [0.9, 0.95])
 def test_bytes_on_disk(temporal, compact, shape, tmp_path, benchmark, capsys):
     path = tmp_path / "a.trace"
-    options = {
-        **SHAPES[shape],
-        "requests": 3 if shape == "cached" else 1,
-        "temporal": temporal,
-        "spatial": 0.0,
-        "compact": compact,
-    }
-    benchmark.pedantic(synthesize, (path,), {**options, "force": True}, rounds=1)
+    requests = 3 if shape == "cached" else 1
+    options = SyntheticOptions(**SHAPES[shape] | {"requests": requests, "temporal": temporal, "spatial": 0.0})
+    benchmark.pedantic(write_synthetic, (path, options), {"compact": compact, "force": True}, rounds=1)
     sizes = describe(open_trace(path))["bytes_per_decision"]
     going_on, floor = entropy(open_trace(path), temporal, 0.6)
     benchmark.extra_info.update(sizes, entropy=floor)

@@ -24,7 +24,7 @@ from simulator.sweeping import sweep
 from simulator.tallies.counting import unique_experts
 from tests.tracer.test_import_bigmoe import MEBIBYTES, PUBLISHED, caches, recorded
 from tracer.parquet import open_trace
-from tracer.synthetic import synthesize
+from tracer.synthetic import SyntheticOptions, write_synthetic
 
 pytestmark = pytest.mark.bench
 REPEATS = 9
@@ -102,7 +102,9 @@ print(json.dumps([time.process_time() - started, clock.seconds]))
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
-    return open_trace(synthesize(tmp_path_factory.mktemp("traces") / "mini.trace", requests=12, blocks=8))
+    return open_trace(
+        write_synthetic(tmp_path_factory.mktemp("traces") / "mini.trace", SyntheticOptions(requests=12, blocks=8))
+    )
 
 
 def cpu_seconds(function):
@@ -191,7 +193,7 @@ def test_replays_from_the_file_to_the_summary(trace, capsys):
 def test_memory_does_not_grow_with_the_trace(routings, level, requests, tmp_path, capsys):
     peaks = []
     for number in requests:
-        path = synthesize(tmp_path / f"{number}.trace", requests=number, blocks=8, level=level)
+        path = write_synthetic(tmp_path / f"{number}.trace", SyntheticOptions(requests=number, blocks=8, level=level))
         decisions, segments, peak = in_a_process(PEAK, path, tmp_path / f"{number}.replay", *routings)
         peaks.append(peak)
         with capsys.disabled():
@@ -255,7 +257,7 @@ def test_sweep_shares_its_passes(trace, tmp_path, capsys):
 
 
 def test_first_compilation(tmp_path, capsys):
-    path = synthesize(tmp_path / "small.trace", requests=2, blocks=2, layers=2, level="scores")
+    path = write_synthetic(tmp_path / "small.trace", SyntheticOptions(blocks=2, layers=2, level="scores"))
     (first, kernels), (again, none) = (
         in_a_process(FIRST, path, NUMBA_CACHE_DIR=str(tmp_path / "cache")) for _ in range(2)
     )

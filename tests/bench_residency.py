@@ -23,7 +23,7 @@ from simulator.residency.tide import Tide
 from simulator.streams.gather import geometry_of
 from simulator.streams.stream import build_stream
 from simulator.tide_grid import tide_grid
-from tests.simulator.long_run import EXPERTS, long_run
+from tests.made_up.runs import EXPERTS, long_run
 
 pytestmark = pytest.mark.bench
 REPEATS = 5

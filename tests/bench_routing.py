@@ -12,7 +12,7 @@ import torch
 from simulator.kernels import router_arrays
 from simulator.routing.dmoe import _restrict
 from simulator.tallies.counting import unique_experts
-from tests.builders import router, scores
+from tests.made_up.routers import router, scores
 
 pytestmark = [pytest.mark.bench, pytest.mark.benchmark(timer=time.process_time, warmup=True, min_rounds=5)]
 

@@ -23,6 +23,7 @@ WRITERS = {
     "sweep": ("nothing.trace",),
     "profile": ("--gpu", "nothing"),
     "import": ("nothing", "nothing.csv"),
+    "synth": ("--level", "nothing"),
 }
 
 
@@ -45,7 +46,7 @@ def test_every_verb_that_writes_is_held_to_it():
 
 @pytest.mark.parametrize("verb", WRITERS)
 def test_what_is_there_is_refused_before_the_work(verb, tmp_path, trace):
-    if verb in ("capture", "import"):
+    if verb in ("capture", "import", "synth"):
         taken = trace
     elif verb == "replay":
         taken = tmp_path / "result"
@@ -57,7 +58,7 @@ def test_what_is_there_is_refused_before_the_work(verb, tmp_path, trace):
     sentence = refused(verb, *WRITERS[verb], "--out", taken)
     assert str(taken) in sentence and "--force" in sentence and "force it" not in sentence and "append" not in sentence
     assert ("--resume" in sentence) == (verb == "capture")
-    if verb not in ("capture", "import"):
+    if verb not in ("capture", "import", "synth"):
         assert (taken / "replay.json" if taken.is_dir() else taken).read_text() == "kept"
     # With --force it is the work that fails.
     assert "nothing" in refused(verb, *WRITERS[verb], "--out", taken, "--force")
@@ -87,11 +88,11 @@ def test_the_wrong_kind_of_place_is_refused(verb, tmp_path, trace):
     (folder / "mine.txt").write_text("kept")
     file.write_text("kept")
     force = ("--force",)
-    if verb in ("capture", "import", "replay"):
+    if verb in ("capture", "import", "synth", "replay"):
         assert "is a file" in refused(verb, *WRITERS[verb], "--out", file, *force)
     else:
         assert "is a folder" in refused(verb, *WRITERS[verb], "--out", folder, *force)
-    if verb in ("capture", "import"):
+    if verb in ("capture", "import", "synth"):
         assert "not a trace" in refused(verb, *WRITERS[verb], "--out", folder, *force)
     if verb == "replay":
         assert "is a trace" in refused(verb, *WRITERS[verb], "--out", trace, *force)
@@ -130,7 +131,7 @@ def test_folders_on_the_way_are_made(tmp_path, trace, monkeypatch):
 
 
 def test_a_verb_that_fails_makes_no_folder(tmp_path, trace):
-    for verb in ("replay", "consistency", "report", "interval", "sweep", "capture", "import"):
+    for verb in ("replay", "consistency", "report", "interval", "sweep", "capture", "import", "synth"):
         refused(verb, *WRITERS[verb], "--out", tmp_path / verb / "out")
     assert os.listdir(tmp_path) == []
 

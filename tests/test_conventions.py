@@ -9,22 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from simulator.registry import AXES, policy_names
+from tests.simulator.definitions import fault
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted(p for d in ("tracer", "simulator", "analysis") for p in (ROOT / d).rglob("*.py")), ROOT / "cli.py"]
-POLICIES = sorted(
-    p for axis in ("routing", "residency", "acceptance") for p in (ROOT / "simulator" / axis).glob("[!_]*.py")
-)
-
-
-def policy_classes(path):
-    """The dataclasses of a policy file that answer one of the three questions."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [
-        node
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-        and any(isinstance(f, ast.FunctionDef) and f.name in ("select", "place", "unroll") for f in node.body)
-    ]
+POLICIES = [ROOT / "simulator" / axis / f"{name}.py" for axis in AXES for name in policy_names(axis)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -33,14 +23,45 @@ def test_modules_stay_small(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= budget
 
 
-@pytest.mark.parametrize("path", [p for p in POLICIES if policy_classes(p)], ids=lambda p: p.stem)
-def test_every_policy_has_a_naive_definition_and_a_source(path):
-    axis = path.parent.name
-    tests = [p for p in (ROOT / "tests" / "simulator").rglob("test_*.py") if path.stem in p.read_text(encoding="utf-8")]
-    naive = [p for p in tests if "def naive" in p.read_text(encoding="utf-8")]
-    assert naive, f"no test under tests/simulator defines {axis}/{path.stem} naively"
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_policy_equals_its_naive_definition_and_names_a_source(path):
+    assert fault(path.parent.name, path) is None
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     assert "Source" in docstring or "arXiv" in docstring, "the docstring names no source"
+
+
+FIRST = """
+from dataclasses import dataclass, replace
+
+@dataclass(frozen=True)
+class First:
+    requires = frozenset()
+
+    def select(self, layer, trajectory, geometry):
+        return replace(layer, count=layer.count.clip(max=1))
+"""
+ALONE = """
+def naive_first(case, policy):
+    ids, weights = case.layer.expert_ids[:, 0].tolist(), case.layer.gate_weights[:, 0].astype("float32")
+    return [{e: w} if n else {} for e, w, n in zip(ids, weights, case.layer.count)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("definition", "found"),
+    [
+        ("", "has a definition of routing/first"),
+        ("def naive_first(case, policy):\n    return []", "first differs from its definition"),
+        ("def naive_first(case, policy):\n    return case.ask(policy)", "the definition of first fails"),
+        (ALONE, None),
+    ],
+)
+def test_a_policy_without_a_definition_that_is_run_and_equal_is_told(definition, found, tmp_path):
+    (tmp_path / "first.py").write_text(FIRST)
+    table = "NAIVE = {'first': naive_first}" if definition else ""
+    (tmp_path / "test_routing_other.py").write_text(f"{definition}\n{table}\n")
+    told = fault("routing", tmp_path / "first.py", tests=tmp_path)
+    assert told is None if found is None else found in told
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

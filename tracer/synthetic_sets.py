@@ -5,7 +5,7 @@ Shapes: L = layers, P = positions of a request, n = rows of a call, K = experts 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +13,62 @@ from tracer.jit import njit
 from tracer.schema import id_type
 from tracer.trace import CallRouting
 
+if TYPE_CHECKING:
+    from tracer.synthetic import SyntheticOptions
+
 # selection scores of chosen experts and of all others: two of the others never outweigh one chosen, so groups agree too
 CHOSEN_LOW, CHOSEN_HIGH, OTHERS_HIGH = 0.5, 0.95, 0.24
+DRAWS = 64  # draws in vain after which an expert is looked for in order
+
+
+class SyntheticRouters:
+    """The sets of all positions of a request in all layers, and what routers say that choose them."""
+
+    def __init__(self, options: SyntheticOptions) -> None:
+        # streams of their own: a trace of another level has the same sets
+        rng, self.noise = (np.random.default_rng((options.seed, stream)) for stream in (1, 2))
+        self.options, self.rng = options, rng
+        self.layers = tuple(range(1, 1 + options.layers))
+        shape = (options.layers, options.experts)
+        popularity = (np.argsort(rng.random(shape), axis=1) + 1.0) ** -options.skew  # float64 [L, E], largest 1
+        self.cumulated = np.cumsum(popularity / popularity.sum(axis=1, keepdims=True), axis=1)
+        self.others_high = (OTHERS_HIGH / 65536 * popularity).astype(np.float32)[
+            :, None
+        ]  # float32 [L, 1, E], of 16 bits
+        self.bias = np.zeros((options.layers, 1, options.experts), np.float32)
+        if options.expert_bias and options.score_function == "sigmoid":
+            self.bias = rng.uniform(-0.02, 0.0, self.bias.shape).astype(np.float32)
+        self.state = rng.integers(0, 2**63, 1).astype(np.uint64)
+
+    def begin(self, length: int) -> None:
+        """Begin a request of so many positions: no set is drawn yet."""
+        shape = (self.options.layers, length, self.options.top_k)
+        self.sets, self.strengths = np.full(shape, -1), np.zeros(shape, np.float32)
+
+    def routing(self, low: int, high: int) -> CallRouting:
+        """One step of the sets at positions ``low`` to ``high - 1``, best experts first."""
+        options, rng = self.options, self.rng
+        sets, strengths = self.sets[:, low:high], self.strengths[:, low:high]
+        leave = (sets < 0) | (rng.random(sets.shape, np.float32) >= options.temporal)
+        drawn = rng.random(sets.shape, np.float32)
+        moved = np.clip(strengths + 0.06 * (drawn - 0.5), CHOSEN_LOW, CHOSEN_HIGH)
+        strengths[:] = np.where(leave, CHOSEN_LOW + (CHOSEN_HIGH - CHOSEN_LOW) * drawn, moved)
+        _renew(self.sets, low, leave, self.cumulated, options.spatial, options.groups, options.topk_group, self.state)
+        order = np.argsort(-strengths, axis=2)
+        ids, chosen = np.take_along_axis(sets, order, 2), np.take_along_axis(strengths, order, 2)
+        scores = None
+        if options.level == "ids":
+            chosen = chosen - np.take_along_axis(self.bias, ids, 2)
+        else:
+            draws = np.frombuffer(self.noise.bytes(2 * ids.size // options.top_k * options.experts), np.uint16)
+            scores = draws.reshape(*ids.shape[:2], -1) * self.others_high
+            np.put_along_axis(scores, ids, chosen, 2)
+            scores -= self.bias
+            if options.score_function == "softmax":
+                scores /= scores.sum(axis=2, keepdims=True)
+            chosen = np.take_along_axis(scores, ids, 2)
+        weights = chosen / chosen.sum(axis=2, keepdims=True) * np.float32(options.routed_scaling_factor)
+        return CallRouting(self.layers, ids.astype(id_type(options.experts)), weights.astype(np.float16), scores)
 
 
 @njit
@@ -28,121 +82,37 @@ def _uniform(state):
 
 
 @njit
-def _advance(sets, strengths, drawn, rows, cumulated, temporal, spatial, groups, limit, state, out_ids, out_strengths):
-    """One step of the sets of ``rows`` in every layer, written out by descending strength.
+def _renew(sets, low, leave, cumulated, spatial, groups, limit, state):
+    """Replace the experts that leave, in place; where no other may come, one stays.
 
-    sets int64 and strengths float32 [L, P, K] change in place; drawn bool [P]; cumulated float64 [L, E] is the popularity's
-    distribution function; out_ids int64 and out_strengths float32 [L, n, K]. A set never spreads over more than ``limit`` of
-    the ``groups``. An expert that leaves does not come back at once.
+    A set spreads over ``limit`` of the ``groups`` at most. ``sets`` int64 [L, P, K], -1 before the first draw; ``leave``
+    bool [L, n, K] is of the positions from ``low`` on; ``cumulated`` float64 [L, E] is the popularity's distribution function.
     """
-    layers, _, top_k = sets.shape
+    layers, rows, top_k = leave.shape
     experts = cumulated.shape[1]
-    group_size = experts // groups
-    member = np.zeros(experts, np.bool_)
-    in_group = np.zeros(groups, np.int64)
+    size = experts // groups
+    held = np.zeros(groups, np.bool_)
     for layer in range(layers):
-        for r in range(len(rows)):
-            p = rows[r]
-            fresh = not drawn[p]
-            spread = 0
-            if not fresh:
-                for k in range(top_k):
-                    expert = sets[layer, p, k]
-                    member[expert] = True
-                    spread += in_group[expert // group_size] == 0
-                    in_group[expert // group_size] += 1
+        for p in range(low, low + rows):
+            members, left = sets[layer, p], sets[layer, max(p - 1, 0)]
+            near = p > 0 and left[0] >= 0
             for k in range(top_k):
-                if not fresh and _uniform(state) < temporal:
-                    moved = strengths[layer, p, k] + 0.06 * (_uniform(state) - 0.5)
-                    strengths[layer, p, k] = min(max(moved, CHOSEN_LOW), CHOSEN_HIGH)
+                if not leave[layer, p - low, k]:
                     continue
-                leaving = sets[layer, p, k]
-                if not fresh:
-                    in_group[leaving // group_size] -= 1
-                    spread -= in_group[leaving // group_size] == 0
-                chosen = -1
-                # after some draws in vain, try all from a random one on; with K = E nothing but the old expert is left
+                spread = 0
+                for j in range(top_k):
+                    if j != k and members[j] >= 0:
+                        spread += not held[members[j] // size]
+                        held[members[j] // size] = True
                 start = int(_uniform(state) * experts)
-                for attempt in range(64 + experts):
-                    if attempt >= 64:
+                for attempt in range(DRAWS + experts):
+                    if attempt >= DRAWS:
                         expert = (start + attempt) % experts
-                    elif p > 0 and drawn[p - 1] and _uniform(state) < spatial:
-                        expert = sets[layer, p - 1, int(_uniform(state) * top_k)]
+                    elif near and _uniform(state) < spatial:
+                        expert = left[int(_uniform(state) * top_k)]
                     else:
                         expert = min(np.searchsorted(cumulated[layer], _uniform(state), "right"), experts - 1)
-                    if not member[expert] and (spread < limit or in_group[expert // group_size] > 0):
-                        chosen = expert
+                    if (spread < limit or held[expert // size]) and expert not in members:
+                        members[k] = expert
                         break
-                if chosen < 0:
-                    chosen = leaving
-                if not fresh:
-                    member[leaving] = False
-                member[chosen] = True
-                spread += in_group[chosen // group_size] == 0
-                in_group[chosen // group_size] += 1
-                sets[layer, p, k] = chosen
-                strengths[layer, p, k] = CHOSEN_LOW + (CHOSEN_HIGH - CHOSEN_LOW) * _uniform(state)
-            for k in range(top_k):
-                expert, strength = sets[layer, p, k], strengths[layer, p, k]
-                member[expert] = False
-                in_group[expert // group_size] = 0
-                place = k
-                while place > 0 and out_strengths[layer, r, place - 1] < strength:
-                    out_ids[layer, r, place] = out_ids[layer, r, place - 1]
-                    out_strengths[layer, r, place] = out_strengths[layer, r, place - 1]
-                    place -= 1
-                out_ids[layer, r, place] = expert
-                out_strengths[layer, r, place] = strength
-            if layer == layers - 1:
-                drawn[p] = True
-
-
-@njit
-def _fill_scores(ids, strengths, popularity, bias, softmax, state, scores):
-    """Scores float32 [L, n, E] around the chosen ids and strengths [L, n, K]; ``bias`` [L, E] is what selection adds."""
-    layers, rows, top_k = ids.shape
-    experts = popularity.shape[1]
-    for layer in range(layers):
-        for r in range(rows):
-            out = scores[layer, r]
-            for e in range(experts):
-                out[e] = OTHERS_HIGH * _uniform(state) * popularity[layer, e] - bias[layer, e]
-            for k in range(top_k):
-                out[ids[layer, r, k]] = strengths[layer, r, k] - bias[layer, ids[layer, r, k]]
-            if softmax:
-                out /= out.sum()
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Everything that decides a synthetic router's choices; ``state`` is the random stream."""
-
-    layers: tuple[int, ...]
-    popularity: np.ndarray  # float64 [L, E], largest 1
-    bias: np.ndarray  # float32 [L, E]
-    temporal: float
-    spatial: float
-    groups: int
-    limit: int
-    top_k: int
-    softmax: bool
-    factor: float
-    level: str
-    state: np.ndarray  # uint64 [1]
-
-    def routing(self, sets: tuple[np.ndarray, np.ndarray, np.ndarray], rows: np.ndarray) -> CallRouting:
-        """Advance the rows and say what every layer's router does with them, as TraceWriter.add_call takes it."""
-        shape = (len(self.layers), len(rows), self.top_k)
-        ids, strengths = np.empty(shape, np.int64), np.empty(shape, np.float32)
-        cumulated = np.cumsum(self.popularity / self.popularity.sum(axis=1, keepdims=True), axis=1)
-        _advance(
-            *sets, rows, cumulated, self.temporal, self.spatial, self.groups, self.limit, self.state, ids, strengths
-        )
-        chosen = strengths - self.bias[np.arange(len(self.layers))[:, None, None], ids]
-        scores = None
-        if self.level != "ids":
-            scores = np.empty((len(self.layers), len(rows), self.bias.shape[1]), np.float32)
-            _fill_scores(ids, strengths, self.popularity, self.bias, self.softmax, self.state, scores)
-            chosen = np.take_along_axis(scores, ids, axis=2)
-        weights = (chosen / chosen.sum(axis=2, keepdims=True) * np.float32(self.factor)).astype(np.float16)
-        return CallRouting(self.layers, ids.astype(id_type(self.bias.shape[1])), weights, scores)
+                held[:] = False

@@ -11,8 +11,7 @@ from analysis.metrics import across_seeds
 from analysis.metrics import consistency as measure
 from analysis.summary import ReplaySummary, TraceSummary
 from simulator.interval import IntervalResult
-from tests.analysis.traces import random_trace
-from tests.builders import block_run
+from tests.made_up.runs import block_run, decoded_trace
 from tracer.parquet import TraceWriter, open_trace
 from tracer.schema import KINDS
 from tracer.trace import CallRouting
@@ -93,7 +92,7 @@ def consistency(seed=0, **shape):
         "top_k": TOP_K,
         "layers": len(LAYERS),
     }
-    return measure(random_trace(seed, **(wanted | shape)))
+    return measure(decoded_trace(seed, **(wanted | shape)))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from simulator.replaying import replay
 from tests.analysis import replayed
 from tracer.errors import UserError
 from tracer.parquet import open_trace
-from tracer.synthetic import synthesize
+from tracer.synthetic import SyntheticOptions, write_synthetic
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
@@ -98,7 +98,9 @@ def test_popularity_is_compared_between_recordings_of_one_model(folders, tmp_pat
     assert notes[0].startswith(f"The popularity of a layer's experts agrees with a cosine of {whole['value']:.3f} (")
     assert notes[1].startswith(f"For the same prompt its cosine is {prompts['value']:.3f} (")
     assert f": {max(prompts[f'null_{null}'] for null in ('hot', 'independent', 'shuffle')):.3f})" in notes[1]
-    other = synthesize(tmp_path / "other.trace", num_experts=8, n_group=1, topk_group=1, top_k=2, layers=2, blocks=1)
+    other = write_synthetic(
+        tmp_path / "other.trace", SyntheticOptions(experts=8, groups=1, topk_group=1, top_k=2, layers=2, blocks=1)
+    )
     assert not [note for note in diff(first, other).notes if "opularity" in note]
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.metrics import acceptance, calibration, confidence, order
-from tests.analysis.traces import QUICK, add_up, fields, naive_runs, traces, written_trace
+from tests.analysis.naive_runs import QUICK, add_up, fields, naive_runs
+from tests.made_up.runs import written_trace
+from tests.made_up.strategies import traces
 from tracer.schema import DECODED, MASKED
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations, pairwise
 
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.metrics import agreement, predictability
-from tests.analysis.traces import QUICK, MemoryTrace, add_up, fields, naive_runs, traces, written_trace
+from tests.analysis.naive_runs import QUICK, add_up, fields, naive_runs
+from tests.made_up.runs import written_trace
+from tests.made_up.strategies import traces
 from tracer.schema import MASKED
 
 EVERYTHING = {**QUICK, "sample_rows": 100_000}
@@ -131,9 +134,7 @@ def test_a_layer_that_copies_the_one_before_is_foretold_wholly():
 
 
 def with_datasets(trace, names):
-    return MemoryTrace(
-        trace.meta, trace.requests.with_columns(pl.Series("dataset", names, dtype=pl.String)), trace.parts
-    )
+    return replace(trace, requests=trace.requests.with_columns(pl.Series("dataset", names, dtype=pl.String)))
 
 
 def test_datasets_are_compared_in_pairs():

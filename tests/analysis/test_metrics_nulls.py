@@ -18,8 +18,10 @@ from analysis.metrics.samples import NeighbourBlocks, RowSample, hashed
 from analysis.metrics.settings import UNITS
 from analysis.metrics.stream import shape_of, sweep
 from analysis.metrics.timeline import Units
+from tests.analysis.naive_runs import add_up, fields, naive_runs
 from tests.analysis.test_metrics_positions import naive_hash
-from tests.analysis.traces import add_up, fields, naive_runs, traces, written_trace
+from tests.made_up.runs import written_trace
+from tests.made_up.strategies import traces
 from tracer.errors import UserError
 from tracer.schema import DECODED, MASKED
 

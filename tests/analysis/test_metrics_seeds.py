@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from analysis.metrics import SEEDS_COLUMNS, Settings, across_seeds, consistency
 from analysis.metrics.settings import UNITS
+from tests.analysis.naive_runs import QUICK, add_up, fields
 from tests.analysis.test_metrics_layers import naive_loads, naive_measures
-from tests.analysis.traces import QUICK, MemoryTrace, add_up, fields, random_trace, written_trace
+from tests.made_up.runs import decoded_trace, written_trace
 from tracer.errors import UserError
 from tracer.schema import MASKED
 
@@ -105,10 +107,10 @@ def recordings(draw):
     made = {}
     for name in names:
         requests = draw(st.integers(1, 3))
-        trace = random_trace(draw(st.integers(0, 2**32 - 1)), requests=requests, blocks=1, **shape)
+        trace = decoded_trace(draw(st.integers(0, 2**32 - 1)), requests=requests, blocks=1, **shape)
         datasets = [draw(st.sampled_from(["maths", "code"])) for _ in range(requests)]
         told = trace.requests.with_columns(pl.Series("dataset", datasets, dtype=pl.String))
-        made[name] = MemoryTrace(trace.meta, told, trace.parts)
+        made[name] = replace(trace, requests=told)
     return made
 
 
@@ -181,12 +183,12 @@ def test_independent_recordings_agree_as_chance_has_it():
 def test_prompts_are_matched_by_number_dataset_length_and_text():
     trace = prompts_of_their_own(1)
     other = trace.requests.with_columns(pl.Series("dataset", ["else"] * 3 + [None] * 3, dtype=pl.String))
-    frame = across_seeds({"one": trace, "other": MemoryTrace(trace.meta, other, trace.parts)})
+    frame = across_seeds({"one": trace, "other": replace(trace, requests=other)})
     assert frame.filter(between="prompts")["n"].unique().to_list() == [3]
     longer = trace.requests.with_columns(pl.lit(7).alias("prompt_tokens"))
-    frame = across_seeds({"one": trace, "other": MemoryTrace(trace.meta, longer, trace.parts)})
+    frame = across_seeds({"one": trace, "other": replace(trace, requests=longer)})
     assert set(frame["between"]) == {"traces"}
-    unnamed = MemoryTrace(trace.meta, trace.requests.clear(), trace.parts)
+    unnamed = replace(trace, requests=trace.requests.clear())
     assert set(across_seeds({"one": unnamed, "other": unnamed})["between"]) == {"traces"}
 
 

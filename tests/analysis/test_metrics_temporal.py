@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from analysis.metrics import consistency, overlap, settling
 from analysis.metrics.kernels import shared_words
-from tests.analysis.traces import QUICK, add_up, fields, naive_runs, traces, written_trace
+from tests.analysis.naive_runs import QUICK, add_up, fields, naive_runs
+from tests.made_up.runs import written_trace
+from tests.made_up.strategies import traces
 from tracer.parquet import open_trace
 from tracer.schema import DECODED, MASKED
-from tracer.synthetic import synthesize
+from tracer.synthetic import SyntheticOptions, write_synthetic
 
 STATES = ("masked", "accepted", "remasked", "decoded")
 REFERENCES = ("previous", "accepting", "first_known", "final")
@@ -133,15 +135,9 @@ def test_words_share_what_their_sets_share(seed, experts, rows):
 
 
 def test_overlap_of_a_stored_trace(tmp_path):
-    path = synthesize(
+    path = write_synthetic(
         tmp_path / "small.trace",
-        num_experts=32,
-        layers=2,
-        blocks=2,
-        block_length=6,
-        prompt_tokens=8,
-        n_group=1,
-        topk_group=1,
+        SyntheticOptions(experts=32, layers=2, blocks=2, block_length=6, prompt_tokens=8, groups=1, topk_group=1),
     )
     trace = open_trace(path)
     found = fields(overlap(trace), "metric", "layer", "state", "distance")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.builders import in_memory, route_row, scores
+from tests.made_up.routers import naive_choose, route_row, scores
+from tests.made_up.tables import forward_table, in_memory, layer_of_rows, token_table
 from tests.simulator.test_acceptance_team import naive_accept, naive_cold, naive_quota
-from tests.simulator.test_kernels import naive_choose
 from tracer.schema import COMMIT, DECODED, DENOISE, MASKED, PREFILL, PROMPT
-from tracer.trace import ForwardTable, LayerTrace, TokenTable
 
 
 class Drawn:
@@ -134,60 +133,29 @@ def team_run(
 
 def _segment(rng, happened, specs, prompt):
     rows = [row for forward in happened for row in forward["rows"]]
-    lengths = np.array([len(forward["rows"]) for forward in happened], np.int64)
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
-    calls, column = len(happened), list(zip(*rows, strict=True))
-    position, known = np.array(column[0], np.int32), np.array(column[1], bool)
-    state = np.where(known, np.where(position < prompt, PROMPT, DECODED), MASKED).astype(np.uint8)
-    forwards = ForwardTable(
-        forward_id=np.arange(calls, dtype=np.uint32),
-        row_offsets=offsets,
-        part_offsets=np.arange(calls + 1, dtype=np.int64),
-        request_id=np.array([f["request"] for f in happened], np.uint32),
-        kind=np.array([f["kind"] for f in happened], np.uint8),
-        block=np.array([f["block"] for f in happened], np.int32),
-        step=np.array([f["step"] for f in happened], np.int32),
-        row_start=np.zeros(calls, np.int64),
-        num_tokens=lengths,
-        kv_tokens=np.array([f["rows"][0][0] for f in happened], np.int64),
-        num_masked=np.add.reduceat(state == MASKED, offsets[:-1]).astype(np.int64),
-        num_accepted=np.array([f["gained"] for f in happened], np.int64),
-        num_edited=np.zeros(calls, np.int64),
-        branches=np.array([f["rows"][-1][7] + 1 for f in happened], np.uint8),
-        chosen_branch=np.array([f["chosen"] for f in happened], np.int16),
-        duration_ns=np.full(calls, -1, np.int64),
+    position, known, predicted, confidence, accepted, _, _, _ = (np.array(column) for column in zip(*rows, strict=True))
+    state = np.where(known, np.where(position < prompt, PROMPT, DECODED), MASKED)
+    calls = []
+    for f in happened:
+        masked = sum(not row[1] for row in f["rows"])
+        calls.append([(f["request"], f["kind"], f["block"], f["step"], len(f["rows"]), masked, f["gained"])])
+    forwards = forward_table(
+        calls,
+        kv_tokens=[f["rows"][0][0] for f in happened],
+        branches=[f["rows"][-1][7] + 1 for f in happened],
+        chosen_branch=[f["chosen"] for f in happened],
     )
-    predicted, confidence = np.array(column[2], np.int32), np.array(column[3], np.float32)
-    tokens = TokenTable(
-        position=position,
-        token_id=np.ones(len(rows), np.int32),
-        state=state,
-        predicted_id=predicted,
-        confidence=confidence,
-        argmax_id=predicted,
-        argmax_confidence=confidence,
-        accepted=np.array(column[4], bool),
-        edited=np.zeros(len(rows), bool),
-    )
-    layers = {layer: _layer(rng, layer, spec, happened, offsets) for layer, spec in specs.items()}
+    tokens = token_table(position, state=state, predicted_id=predicted, confidence=confidence, accepted=accepted)
+    layers = {layer: _layer(rng, layer, spec, happened, forwards.row_offsets) for layer, spec in specs.items()}
     return in_memory(forwards, tokens, layers)
 
 
 def _layer(rng, layer, spec, happened, offsets):
-    total = int(offsets[-1])
-    score = scores(rng, total, spec)
-    ids = np.zeros((total, spec.top_k), np.uint8 if spec.num_experts <= 256 else np.uint16)
-    weights, count = np.zeros((total, spec.top_k), np.float16), np.zeros(total, np.uint8)
+    score, rows = scores(rng, int(offsets[-1]), spec), []
     for f, forward in enumerate(happened):
         decoded, cold = [row[5] for row in forward["rows"]], [row[6] for row in forward["rows"]]
-        forward.setdefault("experts", {})[layer] = found = naive_sets(
-            score[offsets[f] : offsets[f + 1]], spec, decoded, cold
-        )
-        for t, row in enumerate(found, start=int(offsets[f])):
-            if row is not None:
-                order = rng.permutation(len(row[0]))
-                ids[t, : len(row[0])] = np.array(row[0])[order]
-                weights[t, : len(row[0])] = np.array(row[1], np.float16)[order]
-                count[t] = len(row[0])
-    score[count == 0] = 0
-    return LayerTrace(layer, ids, count, weights, score, np.ones(len(happened), bool), spec)
+        own = naive_sets(score[offsets[f] : offsets[f + 1]], spec, decoded, cold)
+        forward.setdefault("experts", {})[layer] = own
+        rows += own
+    score[[row is None for row in rows]] = 0
+    return layer_of_rows(rng, layer, spec, rows, len(happened), score)

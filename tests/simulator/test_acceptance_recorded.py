@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 
 from simulator.acceptance.recorded import Recorded
-from tests.simulator.routing_cases import runs, seeds
+from tests.made_up.strategies import runs, seeds
+from tracer.schema import MASKED
 
 
 def naive_branches(forwards):
@@ -20,6 +21,20 @@ def naive_branches(forwards):
         for t in range(start[n], stop[n]):
             branch[t] = (t - start[n]) // own
     return branch
+
+
+def naive_recorded(segment, geometry, policy):
+    """The recorded forwards: every row is computed."""
+    forwards, state, branch = segment.forwards, segment.tokens.state, naive_branches(segment.forwards)
+    found = []
+    for f in range(forwards.num_forwards):
+        rows = range(forwards.row_offsets[f], forwards.row_offsets[f + 1])
+        numbers = forwards.step[f], forwards.num_accepted[f], forwards.branches[f], forwards.chosen_branch[f]
+        found.append((*numbers, [(t, state[t] == MASKED, branch[t], False, False) for t in rows]))
+    return found
+
+
+NAIVE = {"recorded": naive_recorded}
 
 
 @settings(max_examples=40, deadline=None)

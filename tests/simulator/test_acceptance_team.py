@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from simulator.acceptance.recorded import Recorded
 from simulator.acceptance.team import LAST_STEP, TeamAcceptance
 from simulator.streams.gather import check_trajectory
-from tests.builders import block_run
-from tests.simulator.routing_cases import calls_of, geometry, runs, seeds
+from tests.made_up.changes import calls_of
+from tests.made_up.runs import block_run
+from tests.made_up.strategies import runs, seeds
+from tests.made_up.tables import geometry_of
 from tracer.errors import UserError
 from tracer.schema import DECODED, DENOISE, MASKED, PREFILL, PROMPT
 
@@ -199,6 +201,15 @@ def naive_team(segment, block_length, policy, threshold, quota):
     return found
 
 
+def of_segment(segment, geometry, policy):
+    """The definition as the rule asks for it (tests/simulator/definitions.py)."""
+    found = naive_team(segment, geometry.block_length, policy, policy.threshold, lambda step: policy.quota)
+    return [(f["step"], f["gained"], f["branches"], f["chosen"], f["rows"]) for f in found]
+
+
+NAIVE = {"team:threshold=0.6,quota=1": of_segment, "team:threshold=0.9,quota=2,reuse=false,hot_distance=1": of_segment}
+
+
 def assert_simulated(segment, where, policy, threshold, quota):
     trajectory = policy.unroll(segment, where)
     check_trajectory(trajectory, segment, "team")
@@ -278,7 +289,7 @@ def test_speculation_at_real_size():
     rng = np.random.default_rng(5)
     for kv_cache in (True, False):
         segment, _ = block_run(rng, blocks=3, block_length=32, prompt=70, kv_cache=kv_cache, max_accept=4)
-        where = geometry(segment, 32, steps=32)
+        where = geometry_of(segment, 32, steps=32)
         trajectory = assert_simulated(segment, where, TeamAcceptance(), 0.95, lambda step: 1)
         assert (LAST_STEP in trajectory.notes) == (not kv_cache)
         assert trajectory.cold.any() and trajectory.reused.any()
@@ -288,7 +299,7 @@ def test_speculation_at_real_size():
 def test_only_a_request_s_last_tokens_have_no_forward_as_real_ones(kv_cache):
     rng = np.random.default_rng(11)
     segment, _ = block_run(rng, blocks=3, block_length=4, prompt=5, kv_cache=kv_cache, max_accept=2, requests=2)
-    trajectory = TeamAcceptance(threshold=0.5).unroll(segment, geometry(segment, 4))
+    trajectory = TeamAcceptance(threshold=0.5).unroll(segment, geometry_of(segment, 4))
     tokens, last = segment.tokens, int(segment.forwards.block.max())
     known = trajectory.state != MASKED
     stands_in = known & (tokens.state[trajectory.source] == MASKED)
@@ -301,7 +312,7 @@ def test_only_a_request_s_last_tokens_have_no_forward_as_real_ones(kv_cache):
 def test_a_next_block_that_begins_after_other_calls_gives_no_rows():
     rng = np.random.default_rng(12)
     segment, _ = block_run(rng, blocks=2, block_length=4, prompt=5, kv_cache=False, requests=2)
-    where, policy = geometry(segment, 4), TeamAcceptance(threshold=0.5)
+    where, policy = geometry_of(segment, 4), TeamAcceptance(threshold=0.5)
     forwards = segment.forwards
     end = int(np.flatnonzero(forwards.block == forwards.block.max())[0])
     other = int(np.flatnonzero(forwards.request_id == 1)[0])
@@ -387,7 +398,7 @@ def test_padding_outside_the_block_is_reused_and_never_cold():
     padded = replace(tokens, position=np.where(outside, np.int32(-1), tokens.position))
     segment = replace(segment, tokens=padded)
     policy = TeamAcceptance(speculate=False)
-    trajectory = policy.unroll(segment, geometry(segment, 6))
+    trajectory = policy.unroll(segment, geometry_of(segment, 6))
     reused, cold = naive_states(segment, 6, policy)
     assert set(np.flatnonzero(trajectory.reused).tolist()) == reused
     assert set(np.flatnonzero(trajectory.cold).tolist()) == cold
@@ -397,8 +408,8 @@ def test_padding_outside_the_block_is_reused_and_never_cold():
 def test_everything_off_is_the_recorded_run():
     segment, _ = block_run(np.random.default_rng(7))
     off = TeamAcceptance(reuse=False, limit=False, speculate=False)
-    found = off.unroll(segment, geometry(segment))
-    expected = Recorded().unroll(segment, geometry(segment))
+    found = off.unroll(segment, geometry_of(segment))
+    expected = Recorded().unroll(segment, geometry_of(segment))
     assert found.forwards is segment.forwards and found.source is None
     assert found.reused is None and found.cold is None and found.branch is None
     assert found.position is expected.position and found.state is expected.state
@@ -418,7 +429,7 @@ def test_a_segment_without_denoise_forwards_stays_as_it_is():
     size = rows.stop - rows.start
     only = replace(forwards, row_offsets=np.array([0, size]), part_offsets=np.array([0, 1]), **columns)
     kept = replace(tokens, **{name: getattr(tokens, name)[rows] for name in tokens.__slots__})
-    trajectory = TeamAcceptance().unroll(replace(segment, forwards=only, tokens=kept), geometry(segment))
+    trajectory = TeamAcceptance().unroll(replace(segment, forwards=only, tokens=kept), geometry_of(segment))
     assert trajectory.source.tolist() == list(range(size)) and not trajectory.reused.any()
     assert trajectory.bounds == {"accepted": (0, 0), "denoise_forwards": (0, 0)}
 
@@ -440,7 +451,7 @@ def test_parameters_out_of_range_are_refused(parameters, sentence):
 def test_traces_it_cannot_replay_are_refused():
     rng = np.random.default_rng(9)
     segment, _ = block_run(rng)
-    where, team = geometry(segment), TeamAcceptance()
+    where, team = geometry_of(segment), TeamAcceptance()
     forwards, tokens = segment.forwards, segment.tokens
     first = int(np.flatnonzero(forwards.kind == DENOISE)[0])
 
@@ -449,7 +460,7 @@ def test_traces_it_cannot_replay_are_refused():
             team.unroll(segment, where)
 
     refused("needs token states", replace(segment, tokens=None))
-    refused("works on blocks", where=geometry(segment, 0))
+    refused("works on blocks", where=geometry_of(segment, 0))
     branches = forwards.branches.copy()
     branches[first] = 4
     refused(f"forward {first} has several branches", replace(segment, forwards=replace(forwards, branches=branches)))

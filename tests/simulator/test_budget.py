@@ -13,7 +13,8 @@ from simulator.budget import share_out
 from simulator.registry import load_policy
 from simulator.replaying import replay
 from simulator.streams.loads import recorded_loads
-from tests.simulator.traces import geometry, random_trace
+from tests.made_up.runs import random_trace
+from tests.made_up.tables import geometry
 from tracer.errors import UserError
 
 BUDGETED = ["static", "lru", "lfu", "belady", "tide", "random_interval", "fiddler"]

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy, policy_names
 from simulator.replaying import replay
-from tests.builders import block_run, router
-from tests.simulator.traces import MemoryTrace, geometry, joined, meta_of, plain_forwards, random_trace, stream_of
+from tests.made_up.changes import joined
+from tests.made_up.routers import router
+from tests.made_up.runs import block_run, random_trace
+from tests.made_up.tables import MemoryTrace, geometry, meta_of, plain_forwards, stream_of
 from tracer.schema import DENOISE
 
 E, K, BUDGET = 60, 4, 9

@@ -18,9 +18,11 @@ from simulator.registry import load_policy, policy_names
 from simulator.replaying import replay
 from simulator.streams.gather import gather_layer
 from tests.analysis.replayed import stored
-from tests.builders import block_run, router
-from tests.simulator.routing_cases import calls_of, runs, seeds, specs, unrouted, with_layers
-from tests.simulator.traces import MemoryTrace, meta_of, random_trace
+from tests.made_up.changes import calls_of, unrouted, with_layers
+from tests.made_up.routers import router
+from tests.made_up.runs import block_run, random_trace
+from tests.made_up.strategies import runs, seeds, specs
+from tests.made_up.tables import MemoryTrace, meta_of
 from tracer.errors import UserError
 from tracer.parquet import open_trace
 from tracer.schema import PREFILL

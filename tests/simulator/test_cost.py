@@ -13,7 +13,7 @@ from simulator.cost import CostModel
 from simulator.policy import Placement
 from simulator.presets import Hardware, Line, load_hardware
 from simulator.pricing import cost_model, hardware_options, priced_on
-from tests.simulator.traces import forward_table, meta_of, stream_of
+from tests.made_up.tables import forward_table, meta_of, stream_of
 from tracer.errors import UserError
 from tracer.schema import DENOISE
 from tracer.trace import RouterSpec

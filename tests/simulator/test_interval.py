@@ -16,9 +16,9 @@ from simulator.interval import find_interval, longest_block, memoryless_misses, 
 from simulator.presets import load_hardware
 from simulator.pricing import cost_model
 from simulator.replaying import replay
-from tests.simulator.long_run import long_run
+from tests.made_up.runs import long_run, random_layer, random_trace
+from tests.made_up.tables import MemoryTrace, forward_table
 from tests.simulator.test_tide_grid import naive_loads, naive_refreshes
-from tests.simulator.traces import MemoryTrace, forward_table, random_layer, random_trace
 from tracer.errors import UserError
 from tracer.schema import COMMIT, DENOISE, PREFILL
 from tracer.trace import Segment

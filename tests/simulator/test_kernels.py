@@ -9,44 +9,8 @@ from hypothesis import strategies as st
 
 from simulator.kernels import WIDTH, kth_largest, router_arrays, select_experts
 from simulator.tallies.counting import expert_loads, union_sets, unique_experts
-from tests.builders import route_row, router, scores
-from tests.simulator.routing_cases import seeds, specs
-
-
-def naive_choose(score, allowed, spec, top_k=None):
-    """Group-limited top-K of one row inside ``allowed``: ids ascending, float32 weights. Ties: lowest expert, lowest group."""
-    bias = np.zeros(spec.num_experts, np.float32) if spec.expert_bias is None else spec.expert_bias
-    selection = {e: np.float32(score[e] + bias[e]) for e in sorted(allowed)}
-    size = spec.num_experts // spec.n_group
-
-    def group_score(g):
-        best = sorted((v for e, v in selection.items() if e // size == g), reverse=True)
-        if spec.group_score == "max":
-            return best[0] if best else -np.inf
-        return np.float32(best[0] + best[1]) if len(best) > 1 else -np.inf
-
-    if spec.topk_group < spec.n_group:
-        kept = sorted(range(spec.n_group), key=lambda g: (-group_score(g), g))[: spec.topk_group]
-        selection = {e: v for e, v in selection.items() if e // size in kept}
-    ids = sorted(sorted(selection, key=lambda e: (-selection[e], e))[: top_k or spec.top_k])
-    return ids, naive_weights(score, ids, spec)
-
-
-def naive_weights(score, ids, spec):
-    """Float32 weights of a row's experts, summed in ascending id."""
-    bias = np.zeros(spec.num_experts, np.float32) if spec.expert_bias is None else spec.expert_bias
-    raw = [np.float32(score[e] + bias[e]) if spec.bias_in_weights else np.float32(score[e]) for e in ids]
-    total = np.float32(0)
-    for w in raw:
-        total = np.float32(total + w)
-    total = np.float32(total + np.float32(1e-20))
-    weights = []
-    for e, w in zip(ids, raw, strict=True):
-        if spec.norm_topk_prob:
-            w = np.float32(w / total)
-        w = np.float32(w * np.float32(spec.routed_scaling_factor))
-        weights.append(w if spec.expert_scale is None else np.float32(w * spec.expert_scale[e]))
-    return [float(w) for w in weights]
+from tests.made_up.routers import naive_choose, route_row, router, scores
+from tests.made_up.strategies import seeds, specs
 
 
 def choose(score, sets, set_of_row, spec):

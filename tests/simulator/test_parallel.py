@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from simulator.expert_placement import PLACEMENTS, place_experts
 from simulator.parallel import expert_parallel, parallel_runs
 from simulator.registry import load_policy
-from tests.simulator.traces import random_trace
+from tests.made_up.runs import random_trace
 from tracer.errors import UserError
 from tracer.schema import DENOISE, KINDS
 

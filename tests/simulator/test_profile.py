@@ -19,7 +19,7 @@ from simulator.measuring import host as measure_host
 from simulator.measuring.host import Limits
 from simulator.presets import PARTS, load_hardware
 from simulator.pricing import cost_model
-from tests.simulator.traces import meta_of
+from tests.made_up.tables import meta_of
 from tracer.errors import UserError
 from tracer.trace import RouterSpec
 

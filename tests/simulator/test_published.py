@@ -14,7 +14,7 @@ from simulator.policy import Placement
 from simulator.presets import load_hardware
 from simulator.pricing import priced_on
 from simulator.residency.tide import Tide
-from tests.simulator.traces import geometry, meta_of, stream_of
+from tests.made_up.tables import geometry, meta_of, stream_of
 from tracer.trace import RouterSpec
 
 # dMoE (arXiv 2605.30876), unique experts of a layer of LLaDA2.0-mini, block 32: MATH500, GSM8K, ARC-C, MMLU.

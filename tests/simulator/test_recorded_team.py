@@ -14,12 +14,13 @@ from simulator.acceptance.team import TeamAcceptance
 from simulator.replaying import replay
 from simulator.routing.team import Team
 from simulator.speculation.recorded_team import quotas_of
-from tests.builders import router
-from tests.simulator.routing_cases import active_only, geometry, recorded, rows_of, seeds, with_layers
+from tests.made_up.changes import active_only, with_layers
+from tests.made_up.routers import naive_choose, router
+from tests.made_up.strategies import recorded, seeds
+from tests.made_up.tables import MemoryTrace, geometry_of, meta_of
+from tests.simulator.naive_rows import rows_of
 from tests.simulator.team_runs import team_run
 from tests.simulator.test_acceptance_team import naive_quota
-from tests.simulator.test_kernels import naive_choose
-from tests.simulator.traces import MemoryTrace, meta_of
 from tracer.errors import UserError
 from tracer.schema import COMMIT, DENOISE, MASKED, PADDING
 
@@ -76,7 +77,7 @@ def team_runs(draw, policies=policies):
         sure=draw(st.sampled_from([0.5, 0.9, 1.0])),
         kv_cache=draw(st.booleans()),
     )
-    return segment, happened, specs, policy, geometry(segment, length, **decoding_of(policy, threshold, steps))
+    return segment, happened, specs, policy, geometry_of(segment, length, **decoding_of(policy, threshold, steps))
 
 
 def flat(happened, column):
@@ -164,7 +165,7 @@ def big_run(policy=None, experts=128, threshold=0.9, seed=3, **options):
     run = team_run(
         rng, policy, threshold=threshold, steps=32, specs=specs, block_length=32, prompt=40, blocks=2, **options
     )
-    where = geometry(run[0], 32, **decoding_of(policy, threshold, 32))
+    where = geometry_of(run[0], 32, **decoding_of(policy, threshold, 32))
     return *run, specs, policy, where
 
 
@@ -180,7 +181,7 @@ def test_real_size_takes_every_branch():
 @pytest.mark.parametrize(("length", "steps"), [(32, 32), (32, 5), (7, 3), (4, 9), (5, 1)])
 def test_quotas_are_those_of_the_plain_run(length, steps):
     segment, _, _, _, _ = big_run()
-    found = quotas_of(geometry(segment, length, steps=steps)).tolist()
+    found = quotas_of(geometry_of(segment, length, steps=steps)).tolist()
     assert found == [naive_quota(length, steps, step) for step in range(steps)]
 
 
@@ -194,7 +195,9 @@ def test_a_vanilla_run_of_any_number_of_steps_begins_every_block_as_its_loop_did
     )
     # Without its switches the loop is vanilla, of one branch a forward.
     assert segment.forwards.chosen_branch.max() == -1 and segment.forwards.branches.max() == 1
-    trajectory = TeamAcceptance().unroll(segment, geometry(segment, 32, loop="sdar", threshold=threshold, steps=steps))
+    trajectory = TeamAcceptance().unroll(
+        segment, geometry_of(segment, 32, loop="sdar", threshold=threshold, steps=steps)
+    )
     found, recorded = (f.num_accepted[f.step == 0].tolist() for f in (trajectory.forwards, segment.forwards))
     assert found == recorded
     assert threshold < 1 or found == [min(24, naive_quota(32, steps, 0)), *[naive_quota(32, steps, 0)] * 2]

@@ -18,8 +18,9 @@ from simulator.policy import Selection, Trajectory
 from simulator.presets import load_hardware
 from simulator.replaying import replay
 from simulator.runs import memory_notes
+from tests.made_up.changes import joined
+from tests.made_up.runs import random_trace
 from tests.simulator.naive_replay import LAYERS, E, mean, naive_cells, naive_choice, naive_forwards, naive_summary
-from tests.simulator.traces import joined, random_trace
 from tracer.errors import UserError
 from tracer.schema import DENOISE, KINDS
 

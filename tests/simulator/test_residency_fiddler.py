@@ -17,7 +17,7 @@ from simulator.presets import Line, hardware_names, load_hardware
 from simulator.registry import load_policy
 from simulator.residency.fiddler import Fiddler
 from simulator.streams.stream import merge_streams
-from tests.simulator.traces import geometry, plain_forwards, stream_of
+from tests.made_up.tables import geometry, plain_forwards, stream_of
 from tracer.errors import UserError
 
 E = 6
@@ -39,9 +39,9 @@ machines = st.fixed_dictionaries(
 )
 
 
-def naive_fiddler(cells, budget, cpu_tokens_max):
+def naive_fiddler(cells, budget, cpu_tokens_max, experts=E):
     """Per cell: experts that hit, experts on the GPU, experts copied in."""
-    popular = dict.fromkeys(range(E), 0)
+    popular = dict.fromkeys(range(experts), 0)
     loads = []
     for cell in cells:
         load = {}
@@ -55,8 +55,17 @@ def naive_fiddler(cells, budget, cpu_tokens_max):
     for load in loads:
         hit = {e for e in load if e in resident}
         copied = {e for e, n in load.items() if e not in resident and n > cpu_tokens_max}
-        answers.append((hit, hit | copied, len(copied), min(budget, E) + bool(copied)))
+        answers.append((hit, hit | copied, len(copied), min(budget, experts) + bool(copied)))
     return answers
+
+
+def of_run(run, policy):
+    """The definition as the rule asks for it (tests/simulator/definitions.py)."""
+    answers = naive_fiddler(run.cells, policy.budget, policy.cpu_tokens_max, run.geometry.num_experts)
+    return [(hit, on_gpu, copied, copied, held) for hit, on_gpu, copied, held in answers]
+
+
+NAIVE = {"fiddler:budget=3,cpu_tokens_max=1": of_run, "fiddler:budget=2,cpu_tokens_max=2": of_run}
 
 
 def test_notes_say_when_it_is_static_and_what_it_holds_beside_its_budget():

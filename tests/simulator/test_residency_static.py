@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from simulator.registry import describe, load_policy
 from simulator.replaying import replay
 from simulator.streams.gather import geometry_of
+from tests.made_up.calls import record
+from tests.made_up.runs import random_trace
+from tests.made_up.tables import geometry
 from tests.simulator.test_budget import naive_loads, naive_share
-from tests.simulator.traces import geometry, random_trace
-from tests.tracer.recorded import record
 from tracer import parquet
 from tracer.errors import UserError
 from tracer.parquet import TraceWriter, open_trace

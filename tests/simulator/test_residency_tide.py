@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.residency.tide import refreshes
-from tests.simulator.traces import forward_table, geometry, stream_of
+from tests.made_up.tables import forward_table, geometry, stream_of
 from tracer.errors import UserError
 from tracer.schema import COMMIT, DECODE, DENOISE, PREFILL
 
@@ -31,9 +31,9 @@ def naive_refresh(part, first_block, interval, decoded):
     return (first >= 0 and block == first) or step % interval == 0
 
 
-def naive_tide(calls, cells, first_block, budget, interval):
+def naive_tide(calls, cells, first_block, budget, interval, experts=E):
     """Per cell: which experts hit by id, promotions, demotions; resident sets as Python sets."""
-    resident, decoded, answers = set(range(min(budget, E))), {}, []
+    resident, decoded, answers = set(range(min(budget, experts))), {}, []
     for call, rows in zip(calls, cells, strict=True):
         load = {}
         for row in rows:
@@ -42,7 +42,7 @@ def naive_tide(calls, cells, first_block, budget, interval):
         asked = [naive_refresh(part, first_block, interval, decoded) for part in call]
         promote, demote = [], []
         if any(asked):
-            target = sorted(load, key=lambda e: (-load[e], e))[: min(budget, E)]
+            target = sorted(load, key=lambda e: (-load[e], e))[: min(budget, experts)]
             promote = [e for e in target if e not in resident]
             candidates = sorted(resident - set(target))
             demote = candidates[: len(promote)]
@@ -50,6 +50,15 @@ def naive_tide(calls, cells, first_block, budget, interval):
         answers.append(({e for e in load if e in resident}, len(promote), len(demote), len(resident)))
     return answers
 
+
+def of_run(run, policy):
+    """The definition as the rule asks for it (tests/simulator/definitions.py)."""
+    numbers = policy.budget, policy.refresh_interval
+    answers = naive_tide(run.calls, run.cells, run.geometry.first_block, *numbers, run.geometry.num_experts)
+    return [(hits, hits, *moved) for hits, *moved in answers]
+
+
+NAIVE = {"tide:budget=3,refresh_interval=2": of_run, "tide:budget=6,refresh_interval=1": of_run}
 
 rows = st.lists(
     st.permutations(range(E)).flatmap(lambda p: st.integers(0, 3).map(lambda k: p[:k])), min_size=1, max_size=4

@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.routing.block_pool import BlockPool
-from tests.builders import router
-from tests.simulator.coreset_cases import (
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import (
     at_level_active,
-    cases,
     id_sets,
-    large_case,
-    make_case,
     naive_chunks,
     naive_inside,
     naive_top,
@@ -29,35 +27,42 @@ from tests.simulator.coreset_cases import (
 from tracer.errors import UserError
 
 
-def naive_block_pool(case, coreset_size, restrict_prefix=True):
+def naive_block_pool(case, policy):
     """The best experts by the largest selection score any row gives them, then the router's own top-K inside."""
     rows = recorded_rows(case)
-    for chunk in naive_chunks(case, not restrict_prefix):
-        pool = [max(selection_scores(case, t)[e] for t in chunk) for e in range(case.layer.router.num_experts)]
-        coreset = naive_top(pool, coreset_size)
+    for chunk in naive_chunks(case, not policy.restrict_prefix):
+        scores = [selection_scores(case, t).tolist() for t in chunk]
+        pool = [max(score[e] for score in scores) for e in range(case.layer.router.num_experts)]
+        coreset = naive_top(pool, policy.coreset_size)
         for t in chunk:
             rows[t] = naive_weights(case, t, naive_inside(case, t, coreset))
     return rows
 
 
+NAIVE = {
+    "block_pool:coreset_size=4": naive_block_pool,
+    "block_pool:coreset_size=5,restrict_prefix=false": naive_block_pool,
+}
+
+
 @given(case=cases(), coreset_size=st.integers(1, 12), restrict_prefix=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_block_pool_equals_sets(case, coreset_size, restrict_prefix):
-    found = BlockPool(coreset_size, restrict_prefix=restrict_prefix).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_block_pool(case, coreset_size, restrict_prefix)
+    policy = BlockPool(coreset_size, restrict_prefix=restrict_prefix)
+    assert selected_rows(case.ask(policy)) == naive_block_pool(case, policy)
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 def test_block_pool_equals_sets_at_real_sizes(score_function):
     case = large_case(6, score_function=score_function, ties=score_function == "softmax")
-    found = BlockPool().select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_block_pool(case, 48)
+    assert BlockPool().coreset_size == 48
+    assert selected_rows(case.ask(BlockPool())) == naive_block_pool(case, BlockPool())
 
 
 @given(case=cases(mess=False))
 @settings(max_examples=30, deadline=None)
 def test_a_pool_of_all_experts_is_vanilla(case):
-    found = BlockPool(case.layer.router.num_experts).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(BlockPool(case.layer.router.num_experts))
     assert id_sets(found) == [set(row) for row in recorded_rows(case)]
 
 

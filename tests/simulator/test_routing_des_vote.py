@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.routing.des_vote import DesVote
-from tests.builders import router
-from tests.simulator.coreset_cases import (
-    cases,
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import (
     id_sets,
-    large_case,
-    make_case,
     naive_chunks,
     naive_inside,
     naive_top,
@@ -29,34 +27,37 @@ from tests.simulator.coreset_cases import (
 from tracer.errors import UserError
 
 
-def naive_des_vote(case, beta, restrict_prefix=True):
+def naive_des_vote(case, policy):
     """arXiv 2602.00879, voting form: float32 column sums of each row's own top-K, the floor(beta * E) largest."""
     spec, rows = case.layer.router, recorded_rows(case)
-    for chunk in naive_chunks(case, not restrict_prefix):
+    for chunk in naive_chunks(case, not policy.restrict_prefix):
         votes = [np.float32(0)] * spec.num_experts
         for t in chunk:
             r = selection_scores(case, t)
             for e in naive_top(r, spec.top_k):
                 votes[e] = np.float32(votes[e] + r[e])
-        coreset = naive_top(votes, max(1, math.floor(beta * spec.num_experts)))
+        coreset = naive_top(votes, max(1, math.floor(policy.beta * spec.num_experts)))
         for t in chunk:
             rows[t] = naive_weights(case, t, naive_inside(case, t, coreset))
     return rows
 
 
+NAIVE = {"des_vote:beta=0.4": naive_des_vote, "des_vote:beta=0.6,restrict_prefix=false": naive_des_vote}
+
+
 @given(case=cases(), beta=st.sampled_from([0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1]), restrict_prefix=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_des_vote_equals_sets(case, beta, restrict_prefix):
-    found = DesVote(beta, restrict_prefix=restrict_prefix).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_des_vote(case, beta, restrict_prefix)
+    policy = DesVote(beta, restrict_prefix=restrict_prefix)
+    assert selected_rows(case.ask(policy)) == naive_des_vote(case, policy)
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("beta", [0.10, 0.15])
 def test_des_vote_equals_sets_at_real_sizes(score_function, beta):
     case = large_case(4, score_function=score_function, ties=beta == 0.15)
-    found = DesVote(beta).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_des_vote(case, beta)
+    found = case.ask(DesVote(beta))
+    assert selected_rows(found) == naive_des_vote(case, DesVote(beta))
     size = {0.10: {256: 25, 128: 12}, 0.15: {256: 38, 128: 19}}[beta][case.layer.router.num_experts]
     for chunk in naive_chunks(case):
         assert len(set().union(*(id_sets(found)[t] for t in chunk))) <= size
@@ -65,7 +66,7 @@ def test_des_vote_equals_sets_at_real_sizes(score_function, beta):
 @given(case=cases(mess=False))
 @settings(max_examples=30, deadline=None)
 def test_all_experts_make_it_vanilla(case):
-    found = DesVote(1).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(DesVote(1))
     assert id_sets(found) == [set(row) for row in recorded_rows(case)]
 
 

@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from simulator.registry import load_policy
 from simulator.routing.expert_choice import ExpertChoice
 from simulator.streams.stream import build_stream
-from tests.builders import router
-from tests.simulator.coreset_cases import (
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import (
     at_level_active,
-    cases,
     id_sets,
-    large_case,
-    make_case,
     naive_chunks,
     naive_weights,
     recorded_rows,
@@ -34,10 +32,10 @@ def naive_capacity(case, chunk):
     return whole + (rest > 0)
 
 
-def naive_expert_choice(case, restrict_prefix=True):
+def naive_expert_choice(case, policy):
     """Every expert takes its best rows; ties to the first row."""
     rows = recorded_rows(case)
-    for chunk in naive_chunks(case, not restrict_prefix):
+    for chunk in naive_chunks(case, not policy.restrict_prefix):
         chosen_by = {t: set() for t in chunk}
         for e in range(case.layer.router.num_experts):
             best = sorted(chunk, key=lambda t, e=e: (-case.layer.router_scores[t, e], t))
@@ -48,15 +46,18 @@ def naive_expert_choice(case, restrict_prefix=True):
     return rows
 
 
+NAIVE = {"expert_choice": naive_expert_choice, "expert_choice:restrict_prefix=false": naive_expert_choice}
+
+
 def select(case, restrict_prefix=True):
-    return ExpertChoice(restrict_prefix=restrict_prefix).select(case.layer, case.trajectory, case.geometry)
+    return case.ask(ExpertChoice(restrict_prefix=restrict_prefix))
 
 
 @given(case=cases(), restrict_prefix=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_expert_choice_equals_lists(case, restrict_prefix):
     found = select(case, restrict_prefix)
-    assert selected_rows(found) == naive_expert_choice(case, restrict_prefix)
+    assert selected_rows(found) == naive_expert_choice(case, ExpertChoice(restrict_prefix=restrict_prefix))
     assert found.expert_ids.shape[1] == max(case.layer.router.top_k, found.count.max())
 
 
@@ -64,7 +65,7 @@ def test_expert_choice_equals_lists(case, restrict_prefix):
 def test_expert_choice_equals_lists_at_real_sizes(score_function):
     case = large_case(12, score_function=score_function, ties=score_function == "softmax")
     found = select(case)
-    assert selected_rows(found) == naive_expert_choice(case)
+    assert selected_rows(found) == naive_expert_choice(case, ExpertChoice())
     assert len(np.unique(found.count)) > 2
 
 

@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.routing.greedy_coreset import GreedyCoreset
-from tests.builders import router
-from tests.simulator.coreset_cases import (
-    cases,
-    id_sets,
-    large_case,
-    make_case,
-    naive_chunks,
-    naive_kept,
-    recorded_rows,
-    selected_rows,
-)
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import id_sets, naive_chunks, naive_kept, recorded_rows, selected_rows
 from tracer.errors import UserError
 
 
@@ -35,10 +27,10 @@ def naive_carried(rows, chunk):
     return carried
 
 
-def naive_greedy_coreset(case, share, restrict_prefix=True):
+def naive_greedy_coreset(case, policy):
     """Heaviest experts first until the share is reached; all of them at share 1."""
-    rows = recorded_rows(case)
-    for chunk in naive_chunks(case, not restrict_prefix):
+    rows, share = recorded_rows(case), policy.share
+    for chunk in naive_chunks(case, not policy.restrict_prefix):
         carried = naive_carried(rows, chunk)
         left, coreset = sorted(carried, key=lambda e: (-carried[e], e)), set()
         while left and (share == 1 or sum(carried[e] for e in coreset) < share * sum(carried.values())):
@@ -48,22 +40,27 @@ def naive_greedy_coreset(case, share, restrict_prefix=True):
     return rows
 
 
-def select(case, share, restrict_prefix=True):
-    policy = GreedyCoreset(share, restrict_prefix=restrict_prefix)
-    return policy.select(case.layer, case.trajectory, case.geometry)
+NAIVE = {
+    "greedy_coreset:share=0.6": naive_greedy_coreset,
+    "greedy_coreset:share=1,restrict_prefix=false": naive_greedy_coreset,
+}
+
+
+def select(case, share):
+    return case.ask(GreedyCoreset(share))
 
 
 @given(case=cases(), share=st.sampled_from([0.01, 0.3, 0.5, 0.75, 0.9, 0.99, 1]), restrict_prefix=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_greedy_coreset_equals_sets(case, share, restrict_prefix):
-    found = select(case, share, restrict_prefix)
-    assert selected_rows(found) == naive_greedy_coreset(case, share, restrict_prefix)
+    policy = GreedyCoreset(share, restrict_prefix=restrict_prefix)
+    assert selected_rows(case.ask(policy)) == naive_greedy_coreset(case, policy)
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 def test_greedy_coreset_equals_sets_at_real_sizes(score_function):
     case = large_case(10, score_function=score_function, ties=True)
-    assert selected_rows(select(case, 0.9)) == naive_greedy_coreset(case, 0.9)
+    assert selected_rows(select(case, 0.9)) == naive_greedy_coreset(case, GreedyCoreset(0.9))
 
 
 @given(case=cases(), share=st.sampled_from([0.3, 0.6, 0.9]))
@@ -90,7 +87,7 @@ def test_experts_without_weight_stay_at_share_one_and_go_below():
     weights[:, 1] = 0
     weightless = replace(case, layer=replace(case.layer, gate_weights=weights))
     assert selected_rows(select(weightless, 1)) == recorded_rows(weightless)
-    assert selected_rows(select(weightless, 0.999)) == naive_greedy_coreset(weightless, 0.999)
+    assert selected_rows(select(weightless, 0.999)) == naive_greedy_coreset(weightless, GreedyCoreset(0.999))
 
 
 def test_what_cannot_be_done_is_refused():

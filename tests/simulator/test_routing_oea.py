@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from simulator.registry import load_policy
 from simulator.routing.des_seq import DesSeq
 from simulator.routing.oea import Oea
-from tests.builders import router
-from tests.simulator.coreset_cases import (
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import (
     at_level_active,
-    cases,
     id_sets,
-    large_case,
-    make_case,
     naive_chunks,
     naive_top,
     naive_weights,
@@ -35,38 +33,40 @@ def naive_base(case, t, k0):
     return naive_top(selection_scores(case, t), k0, recorded)
 
 
-def naive_oea(case, k0, restrict_prefix=True):
+def naive_oea(case, policy):
     """arXiv 2511.02237, simplified form: bases, their union, then each row's next best inside until it has K."""
     rows = recorded_rows(case)
-    for chunk in naive_chunks(case, not restrict_prefix):
-        union = {e for t in chunk for e in naive_base(case, t, k0)}
+    for chunk in naive_chunks(case, not policy.restrict_prefix):
+        union = {e for t in chunk for e in naive_base(case, t, policy.k0)}
         for t in chunk:
-            base = naive_base(case, t, k0)
+            base = naive_base(case, t, policy.k0)
             rest = naive_top(selection_scores(case, t), case.layer.router.top_k - len(base), union - set(base))
             rows[t] = naive_weights(case, t, set(base) | set(rest))
     return rows
+
+
+NAIVE = {"oea:k0=1": naive_oea, "oea:k0=2,restrict_prefix=false": naive_oea}
 
 
 @given(case=cases(), k0=st.integers(1, 3), restrict_prefix=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_oea_equals_sets(case, k0, restrict_prefix):
     k0 = min(k0, case.layer.router.top_k)
-    found = Oea(k0, restrict_prefix=restrict_prefix).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_oea(case, k0, restrict_prefix)
+    policy = Oea(k0, restrict_prefix=restrict_prefix)
+    assert selected_rows(case.ask(policy)) == naive_oea(case, policy)
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 def test_oea_equals_sets_at_real_sizes(score_function):
     case = large_case(7, score_function=score_function, ties=score_function == "softmax")
-    found = Oea(3).select(case.layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_oea(case, 3)
+    assert selected_rows(case.ask(Oea(3))) == naive_oea(case, Oea(3))
 
 
 @given(case=cases(), k0=st.integers(1, 3))
 @settings(max_examples=50, deadline=None)
 def test_a_block_uses_exactly_the_union_of_the_bases(case, k0):
     k0 = min(k0, case.layer.router.top_k)
-    found = Oea(k0).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(Oea(k0))
     sets = id_sets(found)
     for chunk in naive_chunks(case):
         union = {e for t in chunk for e in naive_base(case, t, k0)}
@@ -77,13 +77,13 @@ def test_a_block_uses_exactly_the_union_of_the_bases(case, k0):
 @given(case=cases(groups=False))
 @settings(max_examples=40, deadline=None)
 def test_a_base_of_k_is_vanilla(case):
-    found = Oea(case.layer.router.top_k).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(Oea(case.layer.router.top_k))
     assert id_sets(found) == [set(row) for row in recorded_rows(case)]
 
 
 def test_a_base_of_k_is_vanilla_for_group_limited_routers():
     case = large_case(8)
-    found = Oea(8).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(Oea(8))
     assert id_sets(found) == [set(row) for row in recorded_rows(case)]
 
 
@@ -91,8 +91,8 @@ def test_a_base_of_k_is_vanilla_for_group_limited_routers():
 @settings(max_examples=50, deadline=None)
 def test_without_groups_it_is_des_seq(case, k0):
     k0 = min(k0, case.layer.router.top_k)
-    found = Oea(k0).select(case.layer, case.trajectory, case.geometry)
-    other = DesSeq(k0).select(case.layer, case.trajectory, case.geometry)
+    found = case.ask(Oea(k0))
+    other = case.ask(DesSeq(k0))
     assert selected_rows(found) == selected_rows(other)
 
 
@@ -101,7 +101,7 @@ def test_without_groups_it_is_des_seq(case, k0):
 def test_level_active_is_enough(case, k0):
     k0 = min(k0, case.layer.router.top_k)
     found = Oea(k0).select(at_level_active(case).layer, case.trajectory, case.geometry)
-    assert selected_rows(found) == naive_oea(case, k0)
+    assert selected_rows(found) == naive_oea(case, Oea(k0))
 
 
 def test_what_cannot_be_done_is_refused():
@@ -111,7 +111,7 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(UserError, match="oea: block_length must be 0"):
         Oea(block_length=-2)
     with pytest.raises(UserError, match=r"oea: k0 must be 1 to 2, .* not 3"):
-        Oea(3).select(case.layer, case.trajectory, case.geometry)
+        case.ask(Oea(3))
     with pytest.raises(UserError, match="oea: the trace has no blocks"):
         Oea(1).select(case.layer, case.trajectory, replace(case.geometry, block_length=0))
     with pytest.raises(UserError, match="oea chooses experts by router scores"):

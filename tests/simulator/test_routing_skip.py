@@ -11,37 +11,41 @@ from hypothesis import strategies as st
 
 from simulator.registry import load_policy
 from simulator.routing.skip import Skip
-from tests.builders import router
-from tests.simulator.coreset_cases import cases, large_case, make_case, naive_kept, recorded_rows, selected_rows
+from tests.made_up.routers import router
+from tests.made_up.strategies import cases, large_case, make_case
+from tests.simulator.naive_rows import naive_kept, recorded_rows, selected_rows
 from tracer.errors import UserError
 
 
-def naive_skip(case, beta):
+def naive_skip(case, policy):
     """Keep a row's ranks before the first one from which on the rest holds less than beta of the row's weight."""
     kept = []
     for row in recorded_rows(case):
         ranked = sorted(row, key=lambda e: (-abs(row[e]), e))
         size = [abs(float(row[e])) for e in ranked]
-        cut = next((i for i in range(1, len(ranked)) if sum(size[i:]) < beta * sum(size)), len(ranked))
+        cut = next((i for i in range(1, len(ranked)) if sum(size[i:]) < policy.beta * sum(size)), len(ranked))
         kept.append(naive_kept(case, row, ranked[:cut]))
     return kept
 
 
+NAIVE = {"skip:beta=0.3": naive_skip, "skip:beta=0.6": naive_skip}
+
+
 def select(case, beta):
-    return Skip(beta).select(case.layer, case.trajectory, case.geometry)
+    return case.ask(Skip(beta))
 
 
 @given(case=cases(), beta=st.sampled_from([0, 0.05, 0.2, 1 / 3, 0.5, 0.75, 1]))
 @settings(max_examples=100, deadline=None)
 def test_skip_equals_lists(case, beta):
-    assert selected_rows(select(case, beta)) == naive_skip(case, beta)
+    assert selected_rows(select(case, beta)) == naive_skip(case, Skip(beta))
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 def test_skip_equals_lists_at_real_sizes(score_function):
     case = large_case(9, score_function=score_function, ties=True)
     found = select(case, 0.2)
-    assert selected_rows(found) == naive_skip(case, 0.2)
+    assert selected_rows(found) == naive_skip(case, Skip(0.2))
     assert found.count.min() > 0 and found.count.max() < 8
 
 
@@ -68,7 +72,7 @@ def test_scores_and_blocks_are_not_needed():
         replace(case.trajectory, position=None),
         replace(case.geometry, block_length=0),
     )
-    assert selected_rows(found) == naive_skip(case, 0.3)
+    assert selected_rows(found) == naive_skip(case, Skip(0.3))
 
 
 def test_what_cannot_be_done_is_refused():

@@ -17,20 +17,12 @@ from simulator.routing.team import Team
 from simulator.routing.vanilla import Vanilla
 from simulator.streams.gather import gather_layer
 from simulator.tallies.counting import unique_experts
-from tests.builders import block_run, router
-from tests.simulator.routing_cases import (
-    active_only,
-    geometry,
-    recorded,
-    rows_of,
-    runs,
-    seeds,
-    specs,
-    unrouted,
-    with_layers,
-)
-from tests.simulator.test_kernels import naive_choose
-from tests.simulator.traces import MemoryTrace, meta_of
+from tests.made_up.changes import active_only, unrouted, with_layers
+from tests.made_up.routers import naive_choose, router
+from tests.made_up.runs import block_run
+from tests.made_up.strategies import recorded, runs, seeds, specs
+from tests.made_up.tables import MemoryTrace, geometry_of, meta_of
+from tests.simulator.naive_rows import rows_of
 from tracer.errors import UserError
 from tracer.schema import DENOISE
 
@@ -55,6 +47,16 @@ def naive_team(layer, offsets, reused, cold, reselect):
                     return None
                 rows[t] = naive_choose(layer.router_scores[t], inside, layer.router)
     return rows
+
+
+def of_case(case, policy):
+    """The definition as the rule asks for it (tests/simulator/definitions.py)."""
+    offsets, states = case.trajectory.forwards.row_offsets, (case.trajectory.reused, case.trajectory.cold)
+    rows = naive_team(case.layer, offsets, *states, policy.reselect)
+    return [dict(zip(ids, map(np.float32, weights))) for ids, weights in rows]
+
+
+NAIVE = {"team": of_case}
 
 
 def naive_unique(layer, chosen, trajectory):
@@ -164,7 +166,7 @@ def test_real_sizes(experts, groups, speculate):
     spec = router(rng, experts, 8, function, *groups, bias=function == "sigmoid")
     segment, _ = block_run(rng, specs={1: spec}, block_length=32, blocks=1, prompt=40, max_accept=8)
     policy = Team(speculate=speculate)
-    where = geometry(segment, 32)
+    where = geometry_of(segment, 32)
     trajectory = policy.acceptance().unroll(segment, where)
     assert trajectory.cold.any()
     check(policy, segment, where, trajectory)
@@ -201,7 +203,7 @@ def test_what_it_cannot_do_is_refused():
     rng = np.random.default_rng(11)
     spec = router(rng, 8, 2, n_group=4, topk_group=2)
     segment, _ = block_run(rng, specs={1: spec}, block_length=8, kv_cache=False)
-    where = geometry(segment, 8)
+    where = geometry_of(segment, 8)
     policy = Team(speculate=False, hot_distance=1, hot_probability=1.0)
     trajectory = policy.acceptance().unroll(segment, where)
     assert trajectory.cold.any()

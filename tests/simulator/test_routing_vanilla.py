@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 
 from simulator.routing.top_k import TopK
 from simulator.routing.vanilla import Vanilla
-from tests.builders import block_run
-from tests.simulator.routing_cases import (
-    active_only,
-    geometry,
-    recorded,
-    rows_of,
-    runs,
-    seeds,
-    unrouted,
-    with_layers,
-)
-from tests.simulator.test_kernels import naive_weights
+from tests.made_up.changes import active_only, unrouted, with_layers
+from tests.made_up.routers import naive_weights
+from tests.made_up.runs import block_run
+from tests.made_up.strategies import recorded, runs, seeds
+from tests.made_up.tables import geometry_of
+from tests.simulator.naive_rows import rows_of
 from tracer.errors import UserError
 
 
@@ -46,6 +40,19 @@ def naive_top_k(layer, reused, k):
             weights = naive_weights(layer.router_scores[t], ids, layer.router)
         rows.append((ids, weights))
     return rows
+
+
+def in_rows(case, naive, *more):
+    """A definition's (ids, weights) as the rule asks for them (tests/simulator/definitions.py)."""
+    return [
+        dict(zip(ids, map(np.float32, weights))) for ids, weights in naive(case.layer, case.trajectory.reused, *more)
+    ]
+
+
+NAIVE = {
+    "vanilla": lambda case, policy: in_rows(case, naive_vanilla),
+    "top_k:k=2": lambda case, policy: in_rows(case, naive_top_k, policy.k),
+}
 
 
 @settings(max_examples=50, deadline=None)
@@ -96,7 +103,7 @@ def test_top_k_refuses_a_k_out_of_range():
 
 def test_top_k_needs_scores():
     segment, _ = block_run(np.random.default_rng(0))
-    where = geometry(segment)
+    where = geometry_of(segment)
     with pytest.raises(UserError, match="router scores, which the trace does not hold in layer 1"):
         TopK(1).select(segment.layer(1), recorded(segment, where), where)
     missing = with_layers(

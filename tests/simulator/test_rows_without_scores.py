@@ -9,8 +9,8 @@ import pytest
 
 from simulator.replaying import replay
 from simulator.streams.routed import BLIND
-from tests.builders import block_run
-from tests.simulator.traces import MemoryTrace, meta_of
+from tests.made_up.runs import block_run
+from tests.made_up.tables import MemoryTrace, meta_of
 from tracer.trace import without_rows
 
 

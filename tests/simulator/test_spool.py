@@ -9,7 +9,7 @@ import pytest
 
 from simulator.streams import spool as spools
 from simulator.streams.spool import Spool, StreamSpool
-from tests.simulator.traces import stream_of
+from tests.made_up.tables import stream_of
 
 
 @pytest.mark.parametrize("in_memory", [1, 1 << 20])

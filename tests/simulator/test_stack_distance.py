@@ -16,8 +16,8 @@ from simulator.streams.gather import geometry_of
 from simulator.streams.stream import build_stream
 from simulator.tallies.placement_tally import DEMOTIONS, GPU_TOKENS, HIT_EXPERTS, HIT_TOKENS, LOOKUPS
 from simulator.walk import Walk
-from tests.simulator.long_run import long_run
-from tests.simulator.traces import joined, random_trace
+from tests.made_up.changes import joined
+from tests.made_up.runs import long_run, random_trace
 
 
 def streams_of(trace, at):

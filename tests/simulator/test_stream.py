@@ -12,7 +12,8 @@ from simulator.registry import load_policy
 from simulator.streams import touches
 from simulator.streams.stream import block_unique, build_stream, merge_streams
 from simulator.streams.touches import sorting_network
-from tests.simulator.traces import geometry, naive_cell, random_layer, random_trace
+from tests.made_up.runs import random_layer, random_trace
+from tests.made_up.tables import geometry, naive_cell
 from tracer.errors import UserError
 from tracer.trace import RouterSpec
 

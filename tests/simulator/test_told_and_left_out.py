@@ -16,11 +16,11 @@ from simulator.interval import find_interval
 from simulator.parallel import expert_parallel, parallel_runs
 from simulator.registry import policy_names
 from simulator.replaying import replay
+from tests.analysis.naive_runs import QUICK
 from tests.analysis.replayed import stored
-from tests.analysis.traces import QUICK
-from tests.builders import add_padding, block_run
-from tests.simulator.routing_cases import geometry
-from tests.simulator.traces import MemoryTrace, meta_of
+from tests.made_up.changes import add_padding
+from tests.made_up.runs import block_run
+from tests.made_up.tables import MemoryTrace, geometry_of, meta_of
 from tracer.checking import check
 from tracer.errors import UserError
 from tracer.schema import DENOISE, MASKED, NOISE, PADDING
@@ -164,7 +164,7 @@ def test_team_refuses_a_trace_that_edits_tokens(policy):
     edited = segment.tokens.edited.copy()
     edited[-1] = True
     with pytest.raises(UserError, match="team takes decided tokens to stay, and this trace edits them; replay it with"):
-        policy.unroll(with_tokens(segment, edited=edited), geometry(segment))
+        policy.unroll(with_tokens(segment, edited=edited), geometry_of(segment))
 
 
 @pytest.mark.parametrize("policy", [TeamAcceptance(), TeamAcceptance(speculate=False)])
@@ -173,7 +173,7 @@ def test_noise_is_as_undecided_as_a_mask(policy, kv_cache):
     segment, _ = block_run(np.random.default_rng(1), requests=2, blocks=2, kv_cache=kv_cache)
     state = segment.tokens.state
     noisy = with_tokens(segment, state=np.where(state == MASKED, np.uint8(NOISE), state))
-    masked, noise = (policy.unroll(each, geometry(segment)) for each in (segment, noisy))
+    masked, noise = (policy.unroll(each, geometry_of(segment)) for each in (segment, noisy))
     for name in masked.forwards.__slots__:
         assert getattr(masked.forwards, name).tolist() == getattr(noise.forwards, name).tolist()
     assert np.where(noise.state == NOISE, MASKED, noise.state).tolist() == masked.state.tolist()

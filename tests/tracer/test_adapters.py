@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.builders import route_row
+from tests.made_up.routers import route_row
 from tests.tiny_models import MASK, VOCAB, hooks_left, prompt, tiny_model
 from tests.tracer.cells import cells
 from tracer.adapters.find import find_gates

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.handmade import COUNTS, EXPERTS, LAYERS, Handmade, write_counts
+from tests.made_up.by_hand import COUNTS, EXPERTS, LAYERS, Handmade, write_counts
 from tracer.checking import check
 from tracer.errors import TraceError
 from tracer.meta import checksum

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.tracer.recorded import assert_unfinished, record
+from tests.made_up.calls import assert_unfinished, record
 from tests.tracer.test_round_trip import naive_rows, read_rows
 from tracer.checking import check
 from tracer.errors import TraceError, UserError
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
 ENDLESS = """
 import sys
 import numpy as np
-from tests.tracer.recorded import record
+from tests.made_up.calls import record
 from tracer.parquet import TraceWriter
 
 rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.handmade import BLOCK, COUNTS, EXPERTS, LAYERS, TOP_K, Handmade, write_counts
+from tests.made_up.by_hand import BLOCK, COUNTS, EXPERTS, LAYERS, TOP_K, Handmade, write_counts
 from tracer.checking import check
 from tracer.errors import TraceError, UserError
 from tracer.files.loads import read_loads, write_loads

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import tracer
+from tests.made_up.calls import record
 from tests.tracer.cells import cells
-from tests.tracer.recorded import record
 from tracer.checking import check
 from tracer.interrupts import undisturbed
 from tracer.parquet import TraceWriter, open_trace

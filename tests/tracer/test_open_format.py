@@ -14,8 +14,9 @@ import pytest
 from simulator.replaying import replay
 from tracer.checking import check
 from tracer.parquet import open_trace
-from tracer.synthetic import synthesize
+from tracer.synthetic import SyntheticOptions, write_synthetic
 
+OPTIONS = SyntheticOptions(requests=1, blocks=2, layers=3, level="scores")
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
 
 
@@ -43,7 +44,7 @@ def test_the_minimal_example_is_a_valid_trace(tmp_path, monkeypatch):
 def written(tmp_path_factory):
     """A trace of our writer with its layers as our reader gives them."""
     path = tmp_path_factory.mktemp("open") / "first.trace"
-    synthesize(path, requests=1, blocks=2, layers=3, level="scores", segment_forwards=8)
+    write_synthetic(path, OPTIONS, segment_forwards=8)
     trace = open_trace(path)
     layers = {n: [s.layer(n, with_scores=True) for s in trace.segments()] for n in trace.meta.model.moe_layers}
     joined = {
@@ -97,9 +98,7 @@ def test_duckdb_reads_ids_and_keys(written):
 
 def test_compact_parts_are_read_by_pyarrow(tmp_path, written):
     _, expected = written
-    path = synthesize(
-        tmp_path / "a.trace", requests=1, blocks=2, layers=3, level="scores", segment_forwards=8, compact=True
-    )
+    path = write_synthetic(tmp_path / "a.trace", OPTIONS, segment_forwards=8, compact=True)
     assert check(path) == []
     rows = pq.read_table(path / "routing").sort_by(
         [("layer", "ascending"), ("forward_id", "ascending"), ("row", "ascending")]

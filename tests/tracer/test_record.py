@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.made_up.calls import assert_unfinished
 from tests.tiny_models import (
     BLOCK,
     EOS,
@@ -24,7 +25,6 @@ from tests.tiny_models import (
     tiny_model,
 )
 from tests.tracer.cells import cells
-from tests.tracer.recorded import assert_unfinished
 from tracer.checking import check
 from tracer.decode import decode_llada2, decode_own, decode_sdar
 from tracer.errors import UserError

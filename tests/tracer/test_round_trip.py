@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tracer.recorded import assert_unfinished, naive_active, record
+from tests.made_up.calls import assert_unfinished, naive_active, record
 from tracer.checking import check
 from tracer.errors import UserError
 from tracer.parquet import TraceWriter, open_trace

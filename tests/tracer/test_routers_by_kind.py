@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from simulator.replaying import replay
-from tests.handmade import EXPERTS, Handmade
+from tests.made_up.by_hand import EXPERTS, Handmade
 from tracer.checking import check
 from tracer.errors import UserError
 from tracer.parquet import open_trace

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.tracer.recorded import record
+from tests.made_up.calls import record
 from tracer.errors import UserError
 from tracer.parquet import TraceWriter, open_trace
 from tracer.schema import TABLES, schema_markdown

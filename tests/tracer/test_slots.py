@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tracer.recorded import naive_active, record
+from tests.made_up.calls import naive_active, record
 from tracer.files.row_kernels import active_columns
 from tracer.parquet import TraceWriter, open_trace
 

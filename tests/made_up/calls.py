@@ -1,4 +1,4 @@
-"""Model calls made up for writer tests, kept as plain lists so that what is read back can be held against them."""
+"""Model calls as a recorder hands them to a writer, kept as plain lists so that what is read back can be held against them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.builders import route_row, router, scores
+from tests.made_up.routers import route_row, router, scores
 from tracer.checking import check
 from tracer.parquet import open_trace
 from tracer.schema import tables_of
