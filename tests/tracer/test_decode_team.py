@@ -9,7 +9,8 @@ import torch
 from simulator.replaying import replay
 from tests.made_up.calls import assert_unfinished
 from tests.made_up.routers import naive_choose, route_row
-from tests.tiny_models import BLOCK, EOS, MASK, block_causal, hooks_left, prompt, tiny_model
+from tests.simulator.test_acceptance_team import naive_accept
+from tests.tiny_models import BLOCK, EOS, MASK, VOCAB, block_causal, hooks_left, prompt, tiny_model
 from tracer.checking import check
 from tracer.decode import decode_sdar
 from tracer.decoding.team_layers import TeamLayers, check_limited, choose_inside
