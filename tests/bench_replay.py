@@ -79,7 +79,7 @@ class Clock(event.Listener):
 clock = Clock()
 event.register("numba:compile", clock)
 started = time.process_time()
-from analysis.metrics.analyse import consistency
+from analysis.metrics import consistency
 from simulator.lru_curve import lru_curve
 from simulator.registry import policy_names
 from simulator.replay import replay

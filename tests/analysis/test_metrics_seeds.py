@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.metrics import SEEDS_COLUMNS, Settings, across_seeds, consistency
-from analysis.metrics.settings import UNITS
+from analysis.metrics.shared.settings import UNITS
 from tests.analysis.test_metrics_layers import naive_loads, naive_measures
 from tests.analysis.traces import QUICK, MemoryTrace, add_up, fields, random_trace, written_trace
 from tracer.errors import UserError

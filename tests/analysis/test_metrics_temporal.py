@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.metrics import consistency, overlap, settling
-from analysis.metrics.kernels import shared_words
+from analysis.metrics.kernels.sets import shared_words
 from tests.analysis.traces import QUICK, add_up, fields, naive_runs, traces, written_trace
 from tracer.parquet import open_trace
 from tracer.schema import DECODED, MASKED
