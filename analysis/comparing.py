@@ -16,7 +16,7 @@ from typing import Any
 from analysis.aggregate import RECORDED, TIMES, hardware_of, labels, policy_of
 from analysis.findings_consistency import agreement_sentences
 from analysis.metrics import ConsistencyResult, Settings, consistency
-from analysis.metrics.seeds import across
+from analysis.metrics.shared.seeds import across
 from analysis.summary import ReplaySummary, read_replay
 from tracer.errors import UserError
 

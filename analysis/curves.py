@@ -1,84 +1,136 @@
-"""From the frames of a consistency analysis to the small frames its charts draw, and to words. Nothing here draws.
+"""Charts of the consistency analysis, as the metrics declare them: what they draw of a frame, and words. Nothing here draws.
 
-A curve has the columns ``series``, ``at`` (where on the x axis), ``value``, ``low``, ``high`` (interval), ``null`` (the one
-hardest to beat), ``null_name``, ``n``, ``beats_null``; where there is one series only, every null is a line of its own.
+A curve has the columns ``at`` (where on the x axis), ``value``, ``low``, ``high`` (interval), ``n``, ``beats_null``. Where
+there are several series, it has ``series`` and the null hardest to beat, ``null`` and ``null_name``; where there is one,
+every null is a ``line`` of its own, and ``is_null`` tells them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import polars as pl
 
 NULLS = ("null_hot", "null_independent", "null_shuffle", "null_uniform")
-
-WORDS: dict[str, dict[str, str]] = {
-    "rows": {
-        "hot": "the layer's most used experts",
-        "independent": "rows of other blocks",
-        "shuffle": "the same position of the block before",
-    },
-    "counts": {
-        "hot": "the layer's total load",
-        "independent": "forwards of independent rows",
-        "shuffle": "forwards of other blocks",
-    },
-    "activity": {
-        "hot": "a static list of experts",
-        "independent": "independent steps",
-        "shuffle": "the request's steps in random order",
-    },
-    "draws": {"independent": "independent rows, same popularity", "uniform": "independent rows, even popularity"},
-    "guesses": {
-        "hot": "the layer's most used experts",
-        "independent": "a stranger's experts",
-        "shuffle": "the guess for a stranger",
-    },
-    "labels": {
-        "hot": "the popularity over other prompts",
-        "independent": "another prompt",
-        "shuffle": "shuffled expert labels",
-    },
-    "order": {"independent": "any order"},
-}
-FAMILIES = {
-    "overlap": "rows",
-    "settling": "rows",
-    "spatial": "rows",
-    "cosine": "counts",
-    "drift": "counts",
-    "survival": "activity",
-    "working_set": "activity",
-    "unique": "draws",
-    "growth": "draws",
-    "predictability": "guesses",
-    "agreement": "labels",
-    "seeds": "labels",
-    "order": "order",
-}
-
-STATES = {
-    "all": "all rows",
-    "masked": "still masked",
-    "accepted": "accepted in between",
-    "decoded": "known before and after",
-    "remasked": "masked again",
-}
-PAIRS = {"all": "all pairs", "masked": "both masked", "mixed": "one masked", "decoded": "both known"}
-REFERENCES = {
-    "previous": "the step before",
-    "accepting": "the accepting step",
-    "first_known": "the first step that sees the token",
-    "final": "the last step of the block",
-}
-SEEDS = {"traces": "whole recordings", "prompts": "the same prompt"}
 MEASURED = "measured"
-ORDERS = {"position": "by position", "random": "in random order"}
 
 
-def null_words(frame: str, null: str) -> str:
-    """What a null of a frame is, in words."""
-    return WORDS[FAMILIES[frame]][null]
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A chart of a metric's frame; its kinds say what they draw.
+
+    ``where``: the rows drawn, out of those for all layers together, unless ``at``, the column on the x axis, is the layer;
+    where there are two scopes, the block's. ``x``, ``y``: titles of the axes; y is a share from 0 to 1, shown as percent or
+    not, or a number from ``zero`` up. ``noun``: what the x axis counts, where points are held against nulls. ``place``:
+    where it stands among all charts, as that of its metric.
+    """
+
+    title: str
+    subtitle: str
+    at: str
+    x: str
+    y: str = "Jaccard of the K-sets"
+    percent: bool = False
+    zero: bool = False
+    noun: str = ""
+    where: Mapping[str, Any] = field(default_factory=dict)
+    place: int | None = None
+    alike: int | None = None
+    """Points up to this one are what every null has by definition: they beat none."""
+
+    def rows(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """The rows of a frame that are drawn."""
+        wanted = [pl.col("layer").is_not_null() if self.at == "layer" else pl.col("layer").is_null()]
+        if "scope" in frame.columns:
+            wanted.append(pl.col("scope") == ("block" if "block" in frame["scope"].to_list() else "forward"))
+        frame = frame.filter(*wanted, *(pl.col(column) == value for column, value in self.where.items()))
+        if self.alike is None:
+            return frame
+        return frame.with_columns(pl.when(pl.col(self.at) > self.alike).then(pl.col("beats_null")))
+
+    def curve(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """The small frame the chart draws, see the module."""
+        raise NotImplementedError
+
+    def draw(self, curve: pl.DataFrame) -> Any:
+        """The Altair chart of :meth:`curve`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series(Chart):
+    """A line for each value of the column ``series``, each with its null hardest to beat.
+
+    ``words`` names the values, in the order of the legend; without, ``word`` takes the number in. ``smaller``: less is more
+    consistent.
+    """
+
+    series: str
+    legend: str
+    words: Mapping[str, str] = field(default_factory=dict)
+    word: str = "{}"
+    smaller: bool = False
+
+    def curve(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """One row a series and point."""
+        frame = self.rows(frame)
+        words: dict[Any, str] = dict(self.words)
+        if not words:
+            words = {number: self.word.format(number) for number in sorted(frame[self.series].unique().to_list())}
+        order = {name: number for number, name in enumerate(words)}
+        frame = frame.filter(pl.col(self.series).is_in(list(words)))
+        place = pl.col(self.series).replace_strict(order, return_dtype=pl.Int64)
+        return hardest(frame.sort(place, self.at, maintain_order=True), self.smaller).select(
+            pl.col(self.series).replace_strict(words, return_dtype=pl.String).alias("series"),
+            pl.col(self.at).alias("at"),
+            *("value", "low", "high", "null", "null_name", "n", "beats_null"),
+        )
+
+    def draw(self, curve: pl.DataFrame) -> Any:
+        """Measured lines with their intervals, and their nulls dashed."""
+        from analysis import charts_consistency
+
+        return charts_consistency.series(self, curve)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside(Chart):
+    """One measured line or a few, and every null as a line.
+
+    ``lines``: the measured ones in words, each with a column and its value; all rows are one without. ``nulls`` in words.
+    ``grey`` says what the grey lines are.
+    """
+
+    nulls: Mapping[str, str] = field(default_factory=dict)
+    lines: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    grey: str = "Grey: nulls."
+
+    def curve(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """One row a line and point."""
+        frame = self.rows(frame)
+        wanted = {words: frame.filter(pl.col(c) == value) for words, (c, value) in self.lines.items()}
+        lines = [line(words, rows, self.at) for words, rows in (wanted or {MEASURED: frame}).items()]
+        once = frame.unique(self.at, keep="first", maintain_order=True)
+        for null in (null for null in NULLS if null in frame.columns):
+            rows = once.select(self.at, pl.col(null).alias("value")).drop_nulls("value")
+            lines.append(line(f"{self.nulls[null.removeprefix('null_')]} (null)", rows, self.at, is_null=True))
+        return pl.concat([one for one in lines if one.height])
+
+    def draw(self, curve: pl.DataFrame) -> Any:
+        """Measured lines in colour, nulls in grey."""
+        from analysis import charts_consistency
+
+        return charts_consistency.beside(self, curve)
+
+
+def line(words: str, rows: pl.DataFrame, at: str, is_null: bool = False) -> pl.DataFrame:
+    """Rows as a line of its own, sorted; columns that they lack are null."""
+    kinds = {"value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "n": pl.Int64, "beats_null": pl.Boolean}
+    columns = [pl.col(name) if name in rows.columns else pl.lit(None, kind).alias(name) for name, kind in kinds.items()]
+    named = pl.lit(words).alias("line"), pl.lit(is_null).alias("is_null"), pl.col(at).alias("at")
+    return rows.select(*named, *columns).sort("at")
 
 
 def hardest(frame: pl.DataFrame, smaller: bool = False) -> pl.DataFrame:
@@ -90,164 +142,21 @@ def hardest(frame: pl.DataFrame, smaller: bool = False) -> pl.DataFrame:
     return frame.with_columns(pl.coalesce(first).alias("null_name"))
 
 
-def _curve(frame: pl.DataFrame, at: str, series: str, words: Mapping[str, str], smaller: bool = False) -> pl.DataFrame:
-    order = {name: number for number, name in enumerate(words)}
-    kept = frame.filter(pl.col(series).is_in(list(words)))
-    kept = kept.sort(pl.col(series).replace_strict(order, return_dtype=pl.Int64), at, maintain_order=True)
-    return hardest(kept, smaller).select(
-        pl.col(series).replace_strict(dict(words), return_dtype=pl.String).alias("series"),
-        pl.col(at).alias("at"),
-        *("value", "low", "high", "null", "null_name", "n", "beats_null"),
-    )
+def null_words(frame: str, null: str) -> str:
+    """What a null of a metric's frame is, in words."""
+    from analysis.metrics.shared.metric import metrics
+
+    return metrics()[frame].nulls[null]
 
 
-def _whole(frame: pl.DataFrame, **wanted: str) -> pl.DataFrame:
-    """The rows for all layers together with the wanted values."""
-    for column, value in wanted.items():
-        frame = frame.filter(pl.col(column) == value)
-    return frame.filter(pl.col("layer").is_null())
+def null_of(row: Mapping[str, Any]) -> str:
+    """The null of a headline figure, in words."""
+    return null_words(row["frame"], row["null_name"])
 
 
-def overlap_by_distance(overlap: pl.DataFrame) -> pl.DataFrame:
-    """Curve of the Jaccard of one position's K-sets by steps apart, a series a token state."""
-    return _curve(_whole(overlap, metric="jaccard"), "distance", "state", STATES)
-
-
-def overlap_by_layer(overlap: pl.DataFrame) -> pl.DataFrame:
-    """Curve of the Jaccard from one step to the next by layer, a series a token state."""
-    wanted = (pl.col("metric") == "jaccard") & (pl.col("distance") == 1) & pl.col("layer").is_not_null()
-    return _curve(overlap.filter(wanted), "layer", "state", STATES)
-
-
-def settling(settled: pl.DataFrame) -> pl.DataFrame:
-    """Curve of the Jaccard by steps since the acceptance, a series a reference."""
-    return _curve(_whole(settled), "lag", "reference", REFERENCES)
-
-
-def spatial(frame: pl.DataFrame) -> pl.DataFrame:
-    """Curve of the Jaccard of two positions of a forward by positions apart, a series a pair of token states."""
-    return _curve(_whole(frame, metric="jaccard"), "distance", "state", PAIRS)
-
-
-def _narrowest(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows for all layers together, of the rows of a block where they are known, else of the whole forward."""
-    return _whole(frame, scope="block" if "block" in frame["scope"].to_list() else "forward")
-
-
-def cosine(frame: pl.DataFrame) -> pl.DataFrame:
-    """Cosine of expert counts by steps apart: lines as in :func:`beside`."""
-    return beside(_narrowest(frame), "cosine", "distance", {MEASURED: pl.lit(True)})
-
-
-def drift(frame: pl.DataFrame) -> pl.DataFrame:
-    """Curve of the share of the wanted set that an earlier one lacks, by steps apart, a series a size of the set."""
-    return _by_budget(_narrowest(frame).filter(pl.col("metric") == "drift"), smaller=True)
-
-
-def _by_budget(frame: pl.DataFrame, smaller: bool) -> pl.DataFrame:
-    words = {str(budget): f"the {budget} most wanted" for budget in sorted(frame["budget"].unique().to_list())}
-    return _curve(frame.with_columns(pl.col("budget").cast(pl.String)), "distance", "budget", words, smaller)
-
-
-def survival(frame: pl.DataFrame) -> pl.DataFrame:
-    """Share of active experts that stay active, by steps: lines as in :func:`beside`."""
-    active = _narrowest(frame).filter(pl.col("metric") == "survival")
-    return beside(active, "survival", "distance", {MEASURED: pl.lit(True)})
-
-
-def residency(frame: pl.DataFrame) -> pl.DataFrame:
-    """Curve of the share of a wanted set that stays wanted, by steps, a series a size of the set."""
-    return _by_budget(_narrowest(frame).filter(pl.col("metric") == "residency"), smaller=False)
-
-
-def working_set(frame: pl.DataFrame) -> pl.DataFrame:
-    """Distinct experts of a window of forwards, by its length: lines as in :func:`beside`."""
-    return beside(_from_two(_narrowest(frame), "window"), "working_set", "window", {MEASURED: pl.lit(True)})
-
-
-def seeds(frame: pl.DataFrame) -> pl.DataFrame:
-    """Cosine of expert popularity across recordings by layer, mean over their pairs: lines as in :func:`beside`."""
-    pooled = frame.filter((pl.col("metric") == "cosine") & pl.col("first").is_null()).drop_nulls("layer")
-    # Prompts first: their nulls are the harder ones, and one line a null is drawn.
-    pooled = pooled.sort(pl.col("between") == "traces", "layer", maintain_order=True)
-    return beside(pooled, "seeds", "layer", {word: pl.col("between") == name for name, word in SEEDS.items()})
-
-
-def predictability(frame: pl.DataFrame) -> pl.DataFrame:
-    """Share of a layer's experts that the layer before foretells, by layer: lines as in :func:`beside`."""
-    return beside(frame.drop_nulls("layer"), "predictability", "layer", {MEASURED: pl.lit(True)})
-
-
-def growth(frame: pl.DataFrame) -> pl.DataFrame:
-    """Distinct experts of the first rows of a forward, by rows: lines as in :func:`beside`."""
-    lines = {ORDERS[name]: pl.col("order") == name for name in ORDERS}
-    return beside(_from_two(_whole(frame), "rows"), "growth", "rows", lines)
-
-
-def _from_two(frame: pl.DataFrame, at: str) -> pl.DataFrame:
-    """The frame without a verdict where one thing is counted, as that is what every null has by definition."""
-    return frame.with_columns(pl.when(pl.col(at) > 1).then(pl.col("beats_null")))
-
-
-def beside(frame: pl.DataFrame, name: str, at: str, measured: Mapping[str, pl.Expr]) -> pl.DataFrame:
-    """Measured lines and every null as a line.
-
-    Columns: ``line``, ``is_null``, ``at``, ``value``, ``low``, ``high``, ``n``, ``beats_null``.
-    """
-    nothing = pl.lit(None, pl.Float64)
-    lines = [
-        frame.filter(wanted).select(
-            pl.lit(words).alias("line"),
-            pl.lit(False).alias("is_null"),
-            pl.col(at).alias("at"),
-            "value",
-            "low",
-            "high",
-            "n",
-            "beats_null",
-        )
-        for words, wanted in measured.items()
-    ]
-    once = frame.unique(at, keep="first", maintain_order=True)
-    for null in (null for null in NULLS if null in frame.columns):
-        lines.append(
-            once.drop_nulls(null).select(
-                pl.lit(f"{null_words(name, null.removeprefix('null_'))} (null)").alias("line"),
-                pl.lit(True).alias("is_null"),
-                pl.col(at).alias("at"),
-                pl.col(null).alias("value"),
-                nothing.alias("low"),
-                nothing.alias("high"),
-                pl.lit(None, pl.Int64).alias("n"),
-                pl.lit(None, pl.Boolean).alias("beats_null"),
-            )
-        )
-    return pl.concat([line.sort("at") for line in lines if line.height])
-
-
-def confidence(frame: pl.DataFrame) -> pl.DataFrame:
-    """Share of predictions that change yet and mean confidence, by steps before the acceptance: lines as in :func:`beside`."""
-    changed = frame.filter(pl.col("metric") == "changed").sort("steps_before")
-    at, no = pl.col("steps_before").alias("at"), pl.lit(False).alias("is_null")
-    nothing = pl.lit(None, pl.Float64)
-    told = pl.lit("predictions that are not final").alias("line"), no, at, "value", "low", "high", "n"
-    sure = pl.lit("mean confidence").alias("line"), no, at, pl.col("confidence").alias("value")
-    return pl.concat([changed.select(told), changed.select(*sure, nothing.alias("low"), nothing.alias("high"), "n")])
-
-
-def acceptance(frame: pl.DataFrame) -> pl.DataFrame:
-    """Tokens a denoise step accepts, by step: ``step``, ``value``, ``low``, ``high``, ``n`` (blocks that take the step)."""
-    steps = frame.filter(pl.col("metric") == "accepted_per_step").drop_nulls("step").sort("step")
-    return steps.select("step", "value", "low", "high", "n")
-
-
-def calibration(frame: pl.DataFrame) -> pl.DataFrame:
-    """Share of final predictions by mean confidence of a bin: ``rows``, ``confidence``, ``value``, ``low``, ``high``, ``n``."""
-    words = {"all": "all masked rows", "waiting": "rows not accepted yet"}
-    bins = frame.filter(pl.col("metric") == "final_share").drop_nulls("bin").filter(pl.col("rows").is_in(list(words)))
-    return bins.select(
-        pl.col("rows").replace_strict(words, return_dtype=pl.String), "confidence", "value", "low", "high", "n"
-    )
+def against(row: Mapping[str, Any], digits: int = 2) -> str:
+    """The null of a headline figure and its value, in brackets after a space; empty without one."""
+    return "" if row["null"] is None else f" ({null_of(row)}: {row['null']:.{digits}f})"
 
 
 def unbeaten(frame: pl.DataFrame, noun: str) -> str:
@@ -259,23 +168,22 @@ def unbeaten(frame: pl.DataFrame, noun: str) -> str:
     lost = frame.filter(~pl.col("beats_null")).sort("at", maintain_order=True)
     if lost.is_empty():
         return ""
-    names = frame[series].unique(maintain_order=True).to_list()
     told = []
-    for name in names:
+    for name in frame[series].unique(maintain_order=True).to_list():
         at = lost.filter(pl.col(series) == name)["at"].to_list()
         if at:
             every = len(at) == frame.filter(pl.col(series) == name).height
-            where = f"{'at every' if every else 'at'} {noun}{'' if every else ' ' + spans(at)}"
+            where = f"at every {noun}" if every else f"at {noun} {spans(at)}"
             told.append(where if name == MEASURED else f"{name} ({where})")
     return f"Not beating {'the null' if series == 'series' else 'every null'}: {', '.join(told)}."
 
 
-def spans(numbers: list[int]) -> str:
+def spans(numbers: Iterable[int]) -> str:
     """Ascending whole numbers in words: "1, 3 to 5"."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            found.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found)
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)

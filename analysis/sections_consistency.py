@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import altair as alt
 import polars as pl
 
-from analysis import charts_consistency, curves, findings_consistency
-from analysis.metrics.result import ConsistencyResult
+from analysis.curves import Chart, hardest, null_of, unbeaten
+from analysis.findings_consistency import unbeaten_findings
+from analysis.metrics import ConsistencyResult
+from analysis.metrics.shared.metric import metrics
 from analysis.page import Column, Page, bullets, heading, pair, paragraph, table
 from analysis.sections_seeds import Recordings, panel
 from analysis.summary import TraceSummary
@@ -30,56 +31,7 @@ HEADLINE = (
     Column("n", "count", "pairs, rows, forwards or blocks averaged, over all layers"),
 )
 
-LAYERS = (
-    Column("layer", "count", "as numbered in the model"),
-    Column("next step: Jaccard", "three", "of the same position's experts"),
-    Column("null", "three", "the null hardest to beat"),
-    Column("next step: cosine", "three", "of the block's expert counts"),
-    Column("null", "three", "the null hardest to beat"),
-    Column("unique experts", "two", "of the block's rows in a denoise forward"),
-    Column("null", "two", "as many independent rows of the same popularity"),
-    Column("their CV", "three", "deviation over mean of the unique experts, over forwards"),
-    Column("load: Gini", "three", "0 even, 1 all on one expert"),
-    Column("load: CV", "three", "deviation over mean of the load, over experts"),
-    Column("hot", "count", "experts with at least twice an even share"),
-    Column("dead", "count", "experts never used"),
-    Column("foretold", "percent", "experts guessed from the layer before"),
-)
-_UNIQUE = {"scope": "block", "state": "all"}
-BY_LAYER: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("overlap", "value", {"metric": "jaccard", "state": "all", "distance": 1}),
-    ("overlap", "null", {"metric": "jaccard", "state": "all", "distance": 1}),
-    ("cosine", "value", {"scope": "block", "distance": 1}),
-    ("cosine", "null", {"scope": "block", "distance": 1}),
-    ("unique", "value", {"metric": "unique_mean", **_UNIQUE}),
-    ("unique", "null_independent", {"metric": "unique_mean", **_UNIQUE}),
-    ("unique", "value", {"metric": "unique_cv", **_UNIQUE}),
-    ("balance", "value", {"metric": "gini"}),
-    ("balance", "value", {"metric": "load_cv"}),
-    ("balance", "value", {"metric": "hot_experts"}),
-    ("balance", "value", {"metric": "dead_experts"}),
-    ("predictability", "value", {"metric": "recall"}),
-)
-"""Frame, column and rows behind each column of :data:`LAYERS` after the first."""
-
-Draw = Callable[[pl.DataFrame], alt.TopLevelMixin]
-PANELS: tuple[tuple[str, Callable[[pl.DataFrame], pl.DataFrame], Draw, str], ...] = (
-    ("overlap", curves.overlap_by_distance, charts_consistency.overlap_by_distance, "distance"),
-    ("overlap", curves.overlap_by_layer, charts_consistency.overlap_by_layer, "layer"),
-    ("settling", curves.settling, charts_consistency.settling, "step"),
-    ("cosine", curves.cosine, charts_consistency.cosine, "distance"),
-    ("drift", curves.drift, charts_consistency.drift, "distance"),
-    ("survival", curves.survival, charts_consistency.survival, "distance"),
-    ("survival", curves.residency, charts_consistency.residency, "distance"),
-    ("working_set", curves.working_set, charts_consistency.working_set, "length"),
-    ("growth", curves.growth, charts_consistency.growth, "number"),
-    ("spatial", curves.spatial, charts_consistency.spatial, "distance"),
-    ("predictability", curves.predictability, charts_consistency.predictability, "layer"),
-    ("acceptance", curves.acceptance, charts_consistency.acceptance, ""),
-    ("confidence", curves.confidence, charts_consistency.confidence, ""),
-    ("calibration", curves.calibration, charts_consistency.calibration, ""),
-)
-"""Frame, what makes a curve of it, what draws that, and what its x axis counts where points are held against nulls."""
+LAYER = Column("layer", "count", "as numbered in the model")
 
 
 def consistency(out: Page, traces: Sequence[TraceSummary], recordings: Sequence[Recordings]) -> None:
@@ -98,56 +50,55 @@ def _consistency_panel(out: Page, result: ConsistencyResult) -> list[str]:
     parts = []
     if rows:
         parts.append(table(HEADLINE, [_headline_row(row) for row in rows]))
-    lost = findings_consistency.unbeaten_findings(result)
-    drawn_frames = {name for name, *_ in PANELS}
+    lost, drawn_frames = unbeaten_findings(result), {name for name, _ in panels()}
     missing = [why for name, why in result.reasons.items() if name not in drawn_frames]
     notes = [*lost, *dict.fromkeys(missing), *result.notes]
     if notes:
         parts.append(bullets(notes))
-    layers = _by_layer(result)
+    columns, layers = by_layer(result)
     if layers:
-        parts.append(table(LAYERS, layers))
-    drawn = [made for name, gather, draw, noun in PANELS for made in _panel(out, result, name, gather, draw, noun)]
-    return [*parts, pair(*drawn)]
+        parts.append(table(columns, layers))
+    return [*parts, pair(*(made for name, chart in panels() for made in _panel(out, result, name, chart)))]
 
 
-def _by_layer(result: ConsistencyResult) -> list[list[Any]]:
-    """Rows of :data:`LAYERS`; none where nothing was measured by layer."""
-    measured: list[dict[int, Any]] = []
-    for name, column, wanted in BY_LAYER:
-        frame = result.frames.get(name)
-        found: dict[int, Any] = {}
-        if frame is not None and frame.height:
-            frame = curves.hardest(frame) if column == "null" else frame
-            frame = frame.filter(pl.col("layer").is_not_null(), **wanted)
-            found = dict(frame.select("layer", column).iter_rows())
-        measured.append(found)
-    return [[layer, *(found.get(layer) for found in measured)] for layer in sorted(set().union(*measured))]
+def panels() -> list[tuple[str, Chart]]:
+    """The charts of all metrics in the order of their places, each with the name of its frame."""
+    charts = [(metric, chart) for metric in metrics().values() for chart in metric.charts]
+    ordered = sorted(charts, key=lambda drawn: drawn[1].place or drawn[0].place)
+    return [(metric.name, chart) for metric, chart in ordered]
+
+
+def by_layer(result: ConsistencyResult) -> tuple[list[Column], list[list[Any]]]:
+    """Columns and rows of the table by layer; no rows where nothing was measured by layer."""
+    columns, measured = [LAYER], []
+    for name, metric in metrics().items():
+        for shown in metric.by_layer:
+            columns.append(Column(shown.heading, shown.written, shown.meaning))
+            frame, by_number = result.frames.get(name), {}
+            if frame is not None and frame.height:
+                frame = hardest(frame) if shown.column == "null" else frame
+                frame = frame.filter(pl.col("layer").is_not_null(), **shown.where)
+                by_number = dict(frame.select("layer", shown.column).iter_rows())
+            measured.append(by_number)
+    return columns, [[layer, *(one.get(layer) for one in measured)] for layer in sorted(set().union(*measured))]
 
 
 def _headline_row(row: dict[str, Any]) -> list[Any]:
     # An indented figure belongs to the one above it.
     figure = row["figure"]
     name = f"– {figure.strip()}" if figure.startswith(" ") else figure
-    null = curves.null_words(row["frame"], row["null_name"]) if row["null_name"] else None
+    null = null_of(row) if row["null_name"] else None
     beats = {True: "yes", False: "no", None: None}[row["beats_null"]]
     interval = f"{row['low']:,.3f} to {row['high']:,.3f}" if row["low"] is not None else None
     return [name, row["value"], row["null"], beats, interval, null, row["n"]]
 
 
-def _panel(
-    out: Page,
-    result: ConsistencyResult,
-    name: str,
-    gather: Callable[[pl.DataFrame], pl.DataFrame],
-    draw: Draw,
-    noun: str,
-) -> list[str]:
+def _panel(out: Page, result: ConsistencyResult, name: str, chart: Chart) -> list[str]:
     """A chart of one frame, or why there is none; nothing where the frame was not asked for."""
     if name not in result.frames:
         return []
-    curve = gather(result.frames[name]) if result.frames[name].height else pl.DataFrame()
+    curve = chart.curve(result.frames[name]) if result.frames[name].height else pl.DataFrame()
     if curve.is_empty():
         reason = result.reasons.get(name, "The analysis has no row of the kind this chart draws.")
         return [paragraph(f"{name.capitalize()}: {reason}", "empty")]
-    return [out.chart(draw(curve), curves.unbeaten(curve, noun) if noun else "")]
+    return [out.chart(chart.draw(curve), unbeaten(curve, chart.noun) if chart.noun else "")]

@@ -8,9 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from analysis import charts_consistency, curves
+from analysis.curves import Beside, hardest, null_words, unbeaten
 from analysis.findings_consistency import agreement_sentences
 from analysis.metrics import across_seeds
+from analysis.metrics.shared.agreement import WORDS
 from analysis.page import Column, Page, bullets, heading, paragraph, plain, table
 from analysis.summary import TraceSummary
 
@@ -20,6 +21,7 @@ PROMPTS = (
     "The same prompt is one that has the same number, dataset, length and, where it was kept, text in both recordings. Its "
     "nulls are the hardest of: another prompt, the popularity over other prompts, shuffled expert labels."
 )
+BETWEEN = {"traces": "whole recordings", "prompts": "the same prompt"}
 COLUMNS = (
     Column("recordings"),
     Column("compared", meaning="whole recordings, or each prompt with itself"),
@@ -31,6 +33,29 @@ COLUMNS = (
     Column("rank correlation", "three", "Spearman's, of the loads"),
     Column("busiest quarter shared", "percent", "experts that are in the busiest quarter of both"),
     Column("prompts", "count", "compared with themselves"),
+)
+
+
+class PooledCosine(Beside):
+    """The mean over pairs of recordings, by layer."""
+
+    def rows(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Prompts first: their nulls are the harder ones, and one line a null is drawn."""
+        pooled = super().rows(frame).filter(pl.col("first").is_null())
+        return pooled.sort(pl.col("between") == "traces", "layer", maintain_order=True)
+
+
+CHART = PooledCosine(
+    title="Popularity of experts across recordings",
+    subtitle="Cosine of the loads of a layer's experts in two recordings, mean over their pairs.",
+    where={"metric": "cosine"},
+    at="layer",
+    x="layer of the model",
+    noun="layer",
+    y="cosine of expert loads",
+    grey="Grey: nulls of the same prompt.",
+    nulls=WORDS,
+    lines={words: ("between", name) for name, words in BETWEEN.items()},
 )
 
 
@@ -84,19 +109,19 @@ def findings(recordings: Recordings) -> list[str]:
 
 def panel(out: Page, recordings: Recordings) -> list[str]:
     """A heading, the sentences, the table of pairs and a chart by layer."""
-    rows = [row for between in curves.SEEDS for row in _rows(recordings.frame, between)]
+    rows = [row for between in BETWEEN for row in _rows(recordings.frame, between)]
     parts = [heading(recordings.title), bullets(findings(recordings))]
     if not rows:
         return [*parts, paragraph("No layer is used in two of these recordings, so nothing can be compared.", "empty")]
     more = f" The first {ROWS} of {len(rows)} rows are listed." if len(rows) > ROWS else ""
     parts += [table(COLUMNS, rows[:ROWS]), paragraph(PROMPTS + more, "note")]
-    lines = curves.seeds(recordings.frame)
-    return [*parts, out.chart(charts_consistency.seeds(lines), curves.unbeaten(lines, "layer"))]
+    lines = CHART.curve(recordings.frame)
+    return [*parts, out.chart(CHART.draw(lines), unbeaten(lines, CHART.noun))]
 
 
 def _rows(frame: pl.DataFrame, between: str) -> list[list[Any]]:
     """The mean over pairs, where there are several, and each pair."""
-    found = curves.hardest(frame.filter((pl.col("between") == between) & pl.col("layer").is_null()))
+    found = hardest(frame.filter((pl.col("between") == between) & pl.col("layer").is_null()))
     rows: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in found.iter_rows(named=True):
         rows.setdefault((row["first"], row["second"]), {})[row["metric"]] = row
@@ -110,7 +135,7 @@ def _row(name: str, between: str, figures: Mapping[str, Mapping[str, Any]]) -> l
     row = figures["cosine"]
     beaten = {True: "yes", False: "no", None: None}[row["beats_null"]]
     interval = f"{row['low']:,.3f} to {row['high']:,.3f}" if row["low"] is not None else None
-    null = curves.null_words("seeds", row["null_name"]) if row["null_name"] else None
+    null = null_words("agreement", row["null_name"]) if row["null_name"] else None
     others = [figures.get(metric, {}).get("value") for metric in ("rank_correlation", "top_overlap")]
     prompts = row["n"] if between == "prompts" else None
-    return [name, curves.SEEDS[between], row["value"], row["null"], beaten, interval, null, *others, prompts]
+    return [name, BETWEEN[between], row["value"], row["null"], beaten, interval, null, *others, prompts]

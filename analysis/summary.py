@@ -15,7 +15,7 @@ from simulator.replay_files import CELLS, DOCUMENT, FORWARDS
 from tracer.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.metrics.result import ConsistencyResult
+    from analysis.metrics.shared.result import ConsistencyResult
     from simulator.interval import IntervalResult
 
 

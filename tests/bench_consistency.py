@@ -18,7 +18,7 @@ import pytest
 from numba import njit
 
 from analysis.metrics import consistency
-from analysis.metrics.kernels import shared_bits, shared_words
+from analysis.metrics.kernels.sets import shared_bits, shared_words
 from tests.analysis import browser
 from tracer.parquet import open_trace
 from tracer.synthetic import SyntheticOptions, write_synthetic

@@ -15,15 +15,22 @@ import time
 import numpy as np
 import pytest
 
+from simulator.caching.lru_curve import LruCurve
 from simulator.caching.stack_distance import empty_stack, serve_stack
-from simulator.lru_curve import lru_curve
+from simulator.caching.tide_grid import TideGrid
 from simulator.policy import ExpertStream, Selection
 from simulator.registry import load_policy
+from simulator.residency.lru import Lru
 from simulator.residency.tide import Tide
+from simulator.spec import expand
 from simulator.streams.gather import geometry_of
 from simulator.streams.stream import build_stream
-from simulator.tide_grid import tide_grid
+from simulator.sweeping import sweep
+from simulator.tallies.placement_tally import GPU_TOKENS, LOOKUPS
+from simulator.walk import Walk
 from tests.made_up.runs import EXPERTS, long_run
+from tracer.parquet import open_trace
+from tracer.synthetic import SyntheticOptions, write_synthetic
 
 pytestmark = pytest.mark.bench
 REPEATS = 5
@@ -132,7 +139,7 @@ def test_lru_at_every_budget_against_libcachesim(tmp_path, capsys):
     path = tmp_path / "requests.oracleGeneral"
     write_requests(path, lookups.experts)
     number, budgets = len(lookups.experts), np.arange(1, EXPERTS + 1)
-    layer, alone = np.zeros(number, np.int64), np.ones(1, np.int64)
+    kinds = np.zeros(number, np.uint8)
 
     def theirs():
         misses = []
@@ -144,9 +151,9 @@ def test_lru_at_every_budget_against_libcachesim(tmp_path, capsys):
         return misses
 
     def ours():
-        counts = np.zeros((1, EXPERTS + 1, 2), np.int64)
-        one = lookups.offsets, lookups.experts, lookups.tokens, lookups.last_touch, layer
-        serve_stack(*one, EXPERTS, budgets, empty_stack(EXPERTS, alone), counts)
+        counts, most = np.zeros((1, EXPERTS + 1, 2), np.int64), np.zeros(EXPERTS, np.int64)
+        one = lookups.offsets, lookups.experts, lookups.tokens, lookups.last_touch, kinds
+        serve_stack(*one, budgets, empty_stack(EXPERTS), counts, most)
         return (number - np.cumsum(counts[0, :-1, 1])).tolist()
 
     building, _ = cpu_seconds(lambda: stream_of_layer(trace))
@@ -162,35 +169,57 @@ def test_lru_at_every_budget_against_libcachesim(tmp_path, capsys):
         )
 
 
+def in_one_pass(watcher, policies, trace, weights):
+    """What a watcher of many settings of a policy answers."""
+    walk = Walk(trace, geometry_of(trace), weights=weights)
+    made = walk.watch(watcher(policies, walk.geometry))
+    walk.run()
+    return made.result()
+
+
 def test_tide_at_every_interval_and_budget(capsys):
     trace = long_run(blocks=32, layers=4)
-    intervals = tuple(range(1, 32))
-    seconds, grid = cpu_seconds(lambda: tide_grid(trace, intervals))
-    decisions, configurations = int(grid.tokens.sum()), len(intervals) * EXPERTS
+    policies = [Tide(budget=n, refresh_interval=tau) for tau in range(1, 32) for n in range(1, EXPERTS + 1)]
+    seconds, tallies = cpu_seconds(lambda: in_one_pass(TideGrid, policies, trace, False))
     stream, geometry = stream_of_layer(trace), geometry_of(trace)
     policy = Tide(budget=64, refresh_interval=4)
     single, placed = cpu_seconds(lambda: served(policy, stream, trace, geometry))
-    assert grid.gpu_tokens[0, 3, 64] == stream.tokens[placed.on_gpu].sum()
+    assert tallies[policy].totals[0, :, GPU_TOKENS].sum() == stream.tokens[placed.on_gpu].sum()
+    decisions = 4 * int(stream.tokens.sum())
     with capsys.disabled():
         print(
-            f"\nTIDE, {len(intervals)} intervals x {EXPERTS} budgets, streams built: "
-            f"{seconds / decisions / configurations * 1e9:.4f} ns a decision and configuration (goal 0.01), the price of "
+            f"\nTIDE, 31 intervals x {EXPERTS} budgets, streams and tallies built: "
+            f"{seconds / decisions / len(policies) * 1e9:.4f} ns a decision and configuration (goal 0.01), the price of "
             f"{seconds / (4 * single):.0f} single replays",
             end="",
         )
 
 
-@pytest.mark.parametrize(("scope", "layers"), [("layer", 4), ("global", 4), ("global", 16)])
-def test_lru_at_every_budget(capsys, scope, layers):
-    trace = long_run(blocks=256 // layers, layers=layers)
-    budgets = range(1, EXPERTS + 1)
-    whole, curve = cpu_seconds(lambda: lru_curve(trace, scope, budgets))
-    # The same work for one budget but for the distances: streams built, merged and counted.
-    building, _ = cpu_seconds(lambda: [stream_of_layer(trace) for _ in range(layers)])
-    number = int(curve.lookups.sum())
+def test_lru_at_every_budget(capsys):
+    trace = long_run(blocks=64, layers=4)
+    policies = [Lru(budget=n) for n in range(1, EXPERTS + 1)]
+    whole, tallies = cpu_seconds(lambda: in_one_pass(LruCurve, policies, trace, True))
+    # The same work for one budget but for the distances: streams built and counted.
+    building, _ = cpu_seconds(lambda: [stream_of_layer(trace) for _ in range(4)])
+    number = int(tallies[policies[0]].totals[..., LOOKUPS].sum())
     with capsys.disabled():
         print(
-            f"\nLRU at {len(budgets)} budgets, scope {scope}, {layers} layers: {(whole - building) / number * 1e9:.1f} ns a "
-            f"request (goal 40), {whole / number * 1e9:.1f} with the streams built",
+            f"\nLRU at {len(policies)} budgets, 4 layers: {(whole - building) / number * 1e9:.1f} ns a request (goal 30), "
+            f"{whole / number * 1e9:.1f} with the streams built",
+            end="",
+        )
+
+
+@pytest.mark.parametrize("grid", ["tide:refresh_interval=1..31,budget=1..256", "lru:budget=1..256"])
+def test_a_sweep_reaches_the_one_pass(grid, tmp_path, capsys):
+    trace = open_trace(write_synthetic(tmp_path / "sweep.trace", SyntheticOptions(requests=2, blocks=4)))
+    runs = len(expand(grid))
+    seconds, _ = cpu_seconds(
+        lambda: sweep(trace, ["vanilla"], [grid], out=tmp_path / "r.parquet", force=True), repeats=1
+    )
+    with capsys.disabled():
+        print(
+            f"\nsweep {grid}, {runs} settings: {seconds / runs * 1e3:.3f} ms a setting, "
+            f"{seconds / trace.num_decisions / runs * 1e9:.4f} ns a decision and setting",
             end="",
         )

@@ -10,16 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import charts_consistency, charts_interval, curves, sections_consistency
+from analysis import charts_interval, curves
 from analysis.aggregate import MAX_ROWS
 from analysis.findings_consistency import consistency_findings, unbeaten_findings
-from analysis.metrics import SCHEMAS, across_seeds
-from analysis.metrics.result import ConsistencyResult
+from analysis.metrics import SCHEMAS, ConsistencyResult, across_seeds
+from analysis.metrics.shared.agreement import WORDS
+from analysis.metrics.shared.metric import metrics
 from analysis.reporting import render, report
-from analysis.sections_consistency import PANELS
+from analysis.sections_consistency import by_layer, panels
+from analysis.sections_seeds import BETWEEN
+from analysis.sections_seeds import CHART as SEEDS
 from tests.analysis import replayed
 from tests.analysis.test_report import Reader
 from tracer.errors import UserError
+
+
+def chart(name, number=0):
+    """One of a metric's charts."""
+    return metrics()[name].charts[number]
 
 
 def naive_hardest(row, smaller):
@@ -71,29 +79,29 @@ def test_a_point_that_does_not_beat_its_null_is_named():
 
 def test_one_row_and_one_forward_are_not_held_against_nulls_that_equal_them():
     frames = replayed.consistency().frames
-    for gather, name in ((curves.growth, "growth"), (curves.working_set, "working_set")):
-        lines = gather(frames[name]).filter(~pl.col("is_null"))
+    for name in ("growth", "working_set"):
+        lines = chart(name).curve(frames[name]).filter(~pl.col("is_null"))
         assert lines.filter(at=1)["beats_null"].null_count() == lines.filter(at=1).height > 0
         assert lines.filter(pl.col("at") > 1)["beats_null"].null_count() == 0
 
 
 def test_curves_hold_the_figures_of_their_frames():
     frames = replayed.consistency().frames
-    for gather, name, where, key in (
-        (curves.overlap_by_distance, "overlap", {"metric": "jaccard", "layer": None}, ("state", "distance")),
-        (curves.overlap_by_layer, "overlap", {"metric": "jaccard", "distance": 1}, ("state", "layer")),
-        (curves.settling, "settling", {"layer": None}, ("reference", "lag")),
-        (curves.spatial, "spatial", {"metric": "jaccard", "layer": None}, ("state", "distance")),
+    for name, number, where, key in (
+        ("overlap", 0, {"metric": "jaccard", "layer": None}, ("state", "distance")),
+        ("overlap", 1, {"metric": "jaccard", "distance": 1}, ("state", "layer")),
+        ("settling", 0, {"layer": None}, ("reference", "lag")),
+        ("spatial", 0, {"metric": "jaccard", "layer": None}, ("state", "distance")),
     ):
-        words = {"overlap": curves.STATES, "settling": curves.REFERENCES, "spatial": curves.PAIRS}[name]
+        words = chart(name, number).words
         want = {
             (words[row[key[0]]], row[key[1]]): (row["value"], row["low"], row["high"], *naive_hardest(row, False))
             for row in frames[name].iter_rows(named=True)
             if all(row[column] == value for column, value in where.items()) and row[key[1]] is not None
         }
-        curve = gather(frames[name])
+        curve = chart(name, number).curve(frames[name])
         columns = ("series", "at", "value", "low", "high", "null", "null_name")
-        assert {row[:2]: row[2:] for row in curve.select(columns).rows()} == want, gather
+        assert {row[:2]: row[2:] for row in curve.select(columns).rows()} == want, (name, number)
         assert curve["series"].unique(maintain_order=True).to_list() == [
             w for w in words.values() if w in {series for series, _ in want}
         ]
@@ -101,17 +109,17 @@ def test_curves_hold_the_figures_of_their_frames():
 
 def test_every_null_is_a_line():
     frames = replayed.consistency().frames
-    for gather, name, at in (
-        (curves.cosine, "cosine", "distance"),
-        (curves.growth, "growth", "rows"),
-        (curves.predictability, "predictability", "layer"),
-        (curves.survival, "survival", "distance"),
-        (curves.working_set, "working_set", "window"),
+    for name, at in (
+        ("cosine", "distance"),
+        ("growth", "rows"),
+        ("predictability", "layer"),
+        ("survival", "distance"),
+        ("working_set", "window"),
     ):
         frame = frames[name]
         rows = [r for r in frame.iter_rows(named=True) if (r["layer"] is None) != (name == "predictability")]
         rows = [r for r in rows if r.get("scope", "block") == "block" and r["metric"] != "residency"]
-        lines = gather(frame)
+        lines = chart(name).curve(frame)
         nulls = {n for n in curves.NULLS if n in frame.columns}
         for null in nulls:
             words = f"{curves.null_words(name, null.removeprefix('null_'))} (null)"
@@ -123,11 +131,11 @@ def test_every_null_is_a_line():
 def test_every_null_across_recordings_is_a_line():
     frame = replayed.seeds()
     rows = [r for r in frame.iter_rows(named=True) if r["metric"] == "cosine" and not r["first"] and r["layer"]]
-    lines = curves.seeds(frame)
+    lines = SEEDS.curve(frame)
     for word, between, column in (
-        (curves.SEEDS["traces"], "traces", "value"),
-        (curves.SEEDS["prompts"], "prompts", "value"),
-        *((f"{words} (null)", "prompts", f"null_{null}") for null, words in curves.WORDS["labels"].items()),
+        (BETWEEN["traces"], "traces", "value"),
+        (BETWEEN["prompts"], "prompts", "value"),
+        *((f"{words} (null)", "prompts", f"null_{null}") for null, words in WORDS.items()),
     ):
         drawn = dict(lines.filter(line=word).select("at", "value").rows())
         assert drawn == {r["layer"]: r[column] for r in rows if r["between"] == between}, word
@@ -140,16 +148,16 @@ def test_drift_and_confidence_hold_the_figures_of_their_frames():
         for row in frames["drift"].iter_rows(named=True)
         if (row["metric"], row["scope"], row["layer"]) == ("drift", "block", None)
     }
-    found = curves.drift(frames["drift"]).select("series", "at", "value", "null", "null_name")
+    found = chart("drift").curve(frames["drift"]).select("series", "at", "value", "null", "null_name")
     assert {row[:2]: row[2:] for row in found.rows()} == want
     want = {
         (f"the {row['budget']} most wanted", row["distance"]): (row["value"], *naive_hardest(row, False))
         for row in frames["survival"].iter_rows(named=True)
         if (row["metric"], row["scope"], row["layer"]) == ("residency", "block", None)
     }
-    found = curves.residency(frames["survival"]).select("series", "at", "value", "null", "null_name")
+    found = chart("survival", 1).curve(frames["survival"]).select("series", "at", "value", "null", "null_name")
     assert {row[:2]: row[2:] for row in found.rows()} == want
-    lines = curves.confidence(frames["confidence"])
+    lines = chart("confidence").curve(frames["confidence"])
     for line, column in (("predictions that are not final", "value"), ("mean confidence", "confidence")):
         drawn = lines.filter(line=line).select("at", "value").rows()
         assert drawn == frames["confidence"].select("steps_before", column).rows()
@@ -157,12 +165,12 @@ def test_drift_and_confidence_hold_the_figures_of_their_frames():
 
 def test_charts_validate_and_are_bounded():
     result = replayed.consistency()
-    made = {f"{name} {draw.__name__}": draw(gather(result.frames[name])) for name, gather, draw, _ in PANELS}
+    made = {f"{name} {one.title}": one.draw(one.curve(result.frames[name])) for name, one in panels()}
     made |= {draw.__name__: draw(replayed.interval()) for draw in charts_interval.ALL}
-    made["seeds"] = charts_consistency.seeds(curves.seeds(replayed.seeds()))
+    made["seeds"] = SEEDS.draw(SEEDS.curve(replayed.seeds()))
     assert len(made) == 18
-    for name, chart in made.items():
-        spec = chart.to_dict(validate=True)
+    for name, drawn in made.items():
+        spec = drawn.to_dict(validate=True)
         assert 0 < sum(len(rows) for rows in spec["datasets"].values()) <= MAX_ROWS, name
         assert spec["title"]["text"] and all(len(line) <= 96 for line in spec["title"]["subtitle"]), name
         assert spec["width"] == 600, name
@@ -211,7 +219,7 @@ def test_a_figure_that_does_not_beat_its_null_says_so():
     reader = page_of(consistency=result)
     for sentence in unbeaten_findings(result):
         assert "does not beat its null" in sentence and reader.text.count(sentence) == 2
-    captions = [curves.unbeaten(curves.overlap_by_distance(result.frames["overlap"]), "distance")]
+    captions = [curves.unbeaten(chart("overlap").curve(result.frames["overlap"]), "distance")]
     assert captions[0].startswith("Not beating the null: ") and captions[0] in reader.text
 
 
@@ -221,8 +229,8 @@ def test_empty_frames_say_why():
     reader = page_of(consistency=ConsistencyResult(frames, reasons, {}, []))
     for reason in reasons.values():
         assert reason in reader.text
-    panels = [a for t, a in reader.tags if t == "p" and a.get("class") == "empty"]
-    assert len(panels) >= len(PANELS)
+    empty = [a for t, a in reader.tags if t == "p" and a.get("class") == "empty"]
+    assert len(empty) >= len(panels())
     assert "No consistency analysis was passed" not in reader.text
     assert "No consistency analysis was passed" in page_of().text
 
@@ -243,7 +251,8 @@ def test_only_what_was_asked_for_is_drawn():
 
 def test_a_table_holds_each_layer():
     frames = replayed.consistency().frames
-    rows = sections_consistency._by_layer(replayed.consistency())
+    columns, rows = by_layer(replayed.consistency())
+    assert [column.heading for column in columns][:3] == ["layer", "next step: Jaccard", "null"]
     assert [row[0] for row in rows] == list(replayed.LAYERS)
     jaccard = frames["overlap"].filter(metric="jaccard", state="all", distance=1)
     for layer, value, null, *rest in rows:
@@ -253,7 +262,7 @@ def test_a_table_holds_each_layer():
         assert rest[2] == unique.filter(metric="unique_mean")["value"].item()
         assert rest[4] == unique.filter(metric="unique_cv")["value"].item()
         assert rest[5] == frames["balance"].filter(metric="gini", layer=layer)["value"].item()
-    assert sections_consistency._by_layer(ConsistencyResult({}, {}, {}, [])) == []
+    assert by_layer(ConsistencyResult({}, {}, {}, []))[1] == []
 
 
 def recordings(*decodings):
@@ -279,7 +288,7 @@ def test_recordings_of_one_model_are_compared():
         "They differ in seed (0, 1, 2).",
         f"The popularity of a layer's experts agrees with a cosine of {whole['value']:.3f} (shuffled expert labels: "
         f"{whole['null_shuffle']:.3f})" + ("." if whole["beats_null"] else ", which does not beat its null."),
-        f"For the same prompt its cosine is {prompts['value']:.3f} ({curves.null_words('seeds', name)}: {hardest:.3f})"
+        f"For the same prompt its cosine is {prompts['value']:.3f} ({curves.null_words('agreement', name)}: {hardest:.3f})"
         + ("." if prompts["beats_null"] else ", which does not beat its null."),
         "mean over pairs",
         "run 0 and run 2",
@@ -318,8 +327,7 @@ def test_the_interval_says_why_it_is_empty():
 
 def test_open_traces_are_analysed_unless_told_otherwise(tmp_path):
     _, opened = replayed.stored(tmp_path / "small.trace", seed=3)
-    chart = charts_consistency.overlap_by_distance.__name__
-    assert chart == "overlap_by_distance"
+    assert chart("overlap").title == "Overlap from step to step"
     told = {}
     for name, more in (
         ("computed", {}),

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from analysis.metrics import Settings, consistency, cosine, drift, overlap
-from analysis.metrics.bootstrap import Bootstrap, beats, ordered_sum
-from analysis.metrics.nulls import draw_pairs, row_nulls
-from analysis.metrics.samples import NeighbourBlocks, RowSample, hashed
-from analysis.metrics.settings import UNITS
-from analysis.metrics.stream import shape_of, sweep
-from analysis.metrics.timeline import Units
+from analysis.metrics.shared.bootstrap import Bootstrap
+from analysis.metrics.shared.frames import beats, ordered_sum
+from analysis.metrics.shared.nulls import NeighbourBlocks, row_nulls
+from analysis.metrics.shared.samples import RowSample, hashed
+from analysis.metrics.shared.settings import UNITS
+from analysis.metrics.shared.study import Study
+from analysis.metrics.shared.view import shape_of
 from tests.analysis.naive_runs import add_up, fields, naive_runs
 from tests.analysis.test_metrics_positions import naive_hash
 from tests.made_up.runs import written_trace
@@ -26,10 +27,12 @@ from tracer.errors import UserError
 from tracer.schema import DECODED, MASKED
 
 
-def gathered(trace, family):
-    """A family that has seen the whole trace."""
-    sweep(trace, shape_of(trace.meta), Units(), [family], None)
-    return family
+def gathered(trace, watcher, **parameters):
+    """A watcher that has seen the whole trace."""
+    study = Study(trace, Settings(**parameters))
+    watching = study.watch(watcher)
+    study.run()
+    return watching
 
 
 def naive_sample(trace, capacity, seed):
@@ -66,13 +69,13 @@ def close_to(table, expected):
 @settings(max_examples=50, deadline=None)
 @given(traces(), st.integers(1, 40), st.integers(0, 9))
 def test_sampled_rows_are_those_of_smallest_hash(trace, capacity, seed):
-    sample = gathered(trace, RowSample(shape_of(trace.meta), capacity, seed))
+    sample = gathered(trace, RowSample, sample_rows=capacity, seed=seed)
     expected = naive_sample(trace, capacity, seed)
     assert sample.key.tolist() == [row[0] for row in expected]
     for place, name in ((1, "request"), (2, "block"), (3, "offset")):
         assert sample.columns[name].tolist() == [row[place] for row in expected]
     for number, layer in enumerate(trace.meta.model.moe_layers):
-        ids, count = sample.layer(number)
+        ids, count = sample.rows(number)
         got = [ids[m, : count[m]].tolist() for m in range(len(sample))]
         assert got == [sorted(row[5].get(layer) or ()) for row in expected]
 
@@ -81,7 +84,7 @@ def test_sampled_rows_are_those_of_smallest_hash(trace, capacity, seed):
 @given(traces(), st.integers(2, 40), st.integers(0, 9))
 def test_row_nulls_are_the_definition(trace, capacity, seed):
     shape = shape_of(trace.meta)
-    sample = gathered(trace, RowSample(shape, capacity, seed))
+    sample = gathered(trace, RowSample, sample_rows=capacity, seed=seed)
     rng = np.random.default_rng(seed)
     load = rng.integers(0, 4, (len(shape.layers), shape.experts))
     found = row_nulls(sample, load, shape, 30, seed)
@@ -91,8 +94,7 @@ def test_row_nulls_are_the_definition(trace, capacity, seed):
     known = np.array([m for m, row in enumerate(rows) if row[4] == "known"], np.int64)
     everything = np.arange(len(rows))
     drawn = [
-        draw_pairs(sample, a, b, 30, rng)
-        for a, b in ((masked, masked), (masked, known), (known, known), (everything,) * 2)
+        sample.pairs(a, b, 30, rng) for a, b in ((masked, masked), (masked, known), (known, known), (everything,) * 2)
     ]
     for a, b in drawn:
         assert all(rows[x][1:3] != rows[y][1:3] for x, y in zip(a, b, strict=True))
@@ -116,7 +118,7 @@ def test_row_nulls_are_the_definition(trace, capacity, seed):
 @given(traces(), st.integers(0, 9))
 def test_neighbour_blocks_are_the_definition(trace, seed):
     shape = shape_of(trace.meta)
-    found = gathered(trace, NeighbourBlocks(shape, seed))
+    found = gathered(trace, NeighbourBlocks, seed=seed)
     before, pairs = {}, defaultdict(list)
     for _, request, block, steps in naive_runs(trace):
         chosen = {
@@ -132,10 +134,10 @@ def test_neighbour_blocks_are_the_definition(trace, seed):
     for number in range(len(shape.layers)):
         for cell in range(4):
             sets = [(a, b) for a, b in pairs[number, cell] if a and b]
-            assert found.sums["pairs"][number, cell] == len(sets)
-            assert found.sums["kept"][number, cell] == sum(len(a & b) for a, b in sets)
-            assert found.sums["same"][number, cell] == sum(a == b for a, b in sets)
-            assert found.jaccard[number, cell] == add_up(len(a & b) / len(a | b) for a, b in sets)
+            assert found.sums.pairs[number, cell] == len(sets)
+            assert found.sums.kept[number, cell] == sum(len(a & b) for a, b in sets)
+            assert found.sums.same[number, cell] == sum(a == b for a, b in sets)
+            assert found.sums.jaccard[number, cell] == add_up(len(a & b) / len(a | b) for a, b in sets)
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(-(2**31), 2**31 - 1), st.integers(0, 2**40))

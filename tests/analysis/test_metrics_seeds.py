@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.metrics import SEEDS_COLUMNS, Settings, across_seeds, consistency
-from analysis.metrics.settings import UNITS
+from analysis.metrics.shared.settings import UNITS
 from tests.analysis.naive_runs import QUICK, add_up, fields
 from tests.analysis.test_metrics_layers import naive_loads, naive_measures
 from tests.made_up.runs import decoded_trace, written_trace

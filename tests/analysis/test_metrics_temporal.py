@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.metrics import consistency, overlap, settling
-from analysis.metrics.kernels import shared_words
+from analysis.metrics.kernels.sets import shared_words
 from tests.analysis.naive_runs import QUICK, add_up, fields, naive_runs
 from tests.made_up.runs import written_trace
 from tests.made_up.strategies import traces

@@ -6,10 +6,12 @@ P = (call, request) parts of kind denoise, R = runs (a block of a request inside
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from analysis.metrics.settings import UNITS
+from analysis.metrics.kernels.decoding import final_tokens
+from analysis.metrics.shared.settings import UNITS
 from tracer.schema import DENOISE, PADDING, undecided
 from tracer.trace import Segment
 
@@ -33,7 +35,7 @@ class Units:
         return min(len(self.number), UNITS)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Timeline:
     """Parts sorted by (request, block, step), and where each block position of each part lies in the segment's rows.
 
@@ -46,7 +48,6 @@ class Timeline:
     block: np.ndarray  # int64 [P]
     step: np.ndarray  # int64 [P]
     unit: np.ndarray  # int64 [P]
-    forward: np.ndarray  # int64 [P], index of the call in the segment
     first: np.ndarray  # int64 [P]
     last: np.ndarray  # int64 [P]
     rows: int  # of all parts, padding apart
@@ -63,12 +64,12 @@ class Timeline:
     def runs(self) -> int:
         return len(self.run_offsets) - 1
 
-    @property
+    @cached_property
     def block_only(self) -> bool:
         """Whether the parts hold no rows but those in the grid, padding apart."""
         return self.grid.shape[1] > 0 and self.rows == int((self.grid >= 0).sum())
 
-    @property
+    @cached_property
     def run_unit(self) -> np.ndarray:
         """int64 [R]: the bootstrap unit of each run."""
         return self.unit[self.run_offsets[:-1]]
@@ -77,6 +78,26 @@ class Timeline:
     def run_request(self) -> np.ndarray:
         """int64 [R]: the request of each run."""
         return self.request[self.run_offsets[:-1]]
+
+    def by_run(self, counts: np.ndarray) -> np.ndarray:
+        """Sums over the parts of each run, [R, ...] of counts [P, ...]."""
+        return np.add.reduceat(counts, self.run_offsets[:-1], axis=0) if self.parts else counts
+
+    def placed(self, column: str) -> np.ndarray:
+        """A column of the tokens table, [P, S]; absent positions hold another row's, and their state says so."""
+        return np.ascontiguousarray(getattr(self.segment.tokens, column)[self.grid])
+
+    @cached_property
+    def final(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """When each position of each run is accepted for good, counted in parts of the run, and as which token.
+
+        int64 [R, S] twice, -1 where it is not; None without rows of blocks.
+        """
+        tokens = self.segment.tokens
+        if tokens is None or not self.grid.size or not len(tokens.position):
+            return None
+        rows = (self.placed(name) for name in ("accepted", "predicted_id", "token_id"))
+        return final_tokens(self.state, *rows, self.run_offsets)
 
 
 def timeline(segment: Segment, block_length: int, units: Units) -> Timeline:
@@ -107,7 +128,6 @@ def timeline(segment: Segment, block_length: int, units: Units) -> Timeline:
         block=block,
         step=forwards.step[parts].astype(np.int64),
         unit=units.of(request),
-        forward=forwards.part_forward[parts].astype(np.int64),
         first=starts[parts],
         last=ends[parts],
         rows=rows,

@@ -153,16 +153,3 @@ def window_sums(loads, unit, slot, last, clock, windows, counted, distinct):
                 counted[g, n] += 1
                 for e in range(loads.shape[1]):
                     distinct[g, n] += last[q, e] > now - windows[n]
-
-
-@njit
-def load_unique_sums(loads, unit, forwards, unique, squares):
-    """Distinct experts of each forward, their squares and the forwards, summed into int64 [G]; none without load."""
-    for p in range(len(loads)):
-        total = 0
-        for e in range(loads.shape[1]):
-            total += loads[p, e] > 0
-        if total > 0:
-            forwards[unit[p]] += 1
-            unique[unit[p]] += total
-            squares[unit[p]] += total * total

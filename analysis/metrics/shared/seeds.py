@@ -11,36 +11,30 @@ from itertools import combinations
 import numpy as np
 import polars as pl
 
-from analysis.metrics.bootstrap import Bootstrap, beats, divide, grid_frame, ordered_sum
-from analysis.metrics.popularity import DRAWS, EXTRA, MEASURES, measures, with_mean
-from analysis.metrics.result import Popularity
-from analysis.metrics.settings import STANDARD, UNITS, Settings
+from analysis.metrics.shared.agreement import DRAWS, MEASURES, PAIR, compared, measures, resampled
+from analysis.metrics.shared.bootstrap import Bootstrap
+from analysis.metrics.shared.frames import divide, mean, ordered_sum, tidy, with_mean
+from analysis.metrics.shared.result import Popularity
+from analysis.metrics.shared.settings import NULLS, UNITS, VALUE, VERDICT, Settings, columns
+from analysis.metrics.shared.study import Study
 from tracer.errors import UserError
 
-SEEDS_COLUMNS = {
-    "metric": pl.String,
-    **EXTRA,
-    "layer": pl.Int32,
-    **{
-        name: STANDARD[name]
-        for name in ("value", "low", "high", "null_hot", "null_independent", "null_shuffle", "n", "beats_null")
-    },
-}
+SEEDS_COLUMNS = columns("metric", *PAIR, "layer", *VALUE, *NULLS, *VERDICT)
 LEVELS = ("traces", "prompts")
 """Whole recordings against each other, and each prompt against itself in the other recording."""
 
 
-def popularity_of(
-    model: str, layers: tuple[int, ...], scope: str, load: np.ndarray, requests: pl.DataFrame, numbers: dict[int, int]
-) -> Popularity:
-    """What a recording says of its experts' popularity. ``load`` int64 [G, L, E]; ``numbers`` {request: its place}.
+def popularity_of(study: Study, load: np.ndarray) -> Popularity:
+    """What a recording says of its experts' popularity. ``load`` int64 [G, L, E].
 
     A prompt is known by its number, dataset, length and, where it was kept, text.
     """
+    requests = study.trace.requests
     names = [name for name in ("dataset", "prompt_tokens", "prompt") if name in requests.columns]
     known = {int(row[0]): row for row in requests.select("request_id", *names).iter_rows()}
-    prompts: tuple[Hashable, ...] = tuple(known.get(request) for request in numbers)
-    return Popularity(model, layers, scope, prompts, load)
+    prompts: tuple[Hashable, ...] = tuple(known.get(request) for request in study.units.number)
+    counted = load[: study.units.count].copy()
+    return Popularity(study.trace.meta.model.id, study.shape.layers, study.scopes[0], prompts, counted)
 
 
 def across(recordings: Mapping[str, Popularity], settings: Settings) -> pl.DataFrame:
@@ -68,15 +62,11 @@ def across(recordings: Mapping[str, Popularity], settings: Settings) -> pl.DataF
     pairs = list(combinations(range(len(names)), 2))
     size = max(1, held[0].load.shape[2] // 4)
     made = {"traces": _whole(held, pairs, size, settings), "prompts": _matched(held, pairs, size, settings)}
-    labels = [*((names[a], names[b]) for a, b in pairs), (None, None)]
-    axes = {"metric": MEASURES, "pair": range(len(labels)), "layer": [*held[0].layers, None]}
-    frames = []
+    grids = []
     for level in LEVELS:
-        frame = grid_frame(axes, made[level], {"pair": pl.UInt32})
-        ends = [pl.Series([pair[end] for pair in labels], dtype=pl.String).gather(frame["pair"]) for end in (0, 1)]
-        told = (pl.lit(level).alias("between"), ends[0].alias("first"), ends[1].alias("second"))
-        frames.append(beats(frame.with_columns(told)).select(list(SEEDS_COLUMNS)))
-    return pl.concat(frames)
+        ends = [*((level, names[a], names[b]) for a, b in pairs), (level, None, None)]
+        grids.append(({"metric": MEASURES, PAIR: ends, "layer": [*held[0].layers, None]}, made[level]))
+    return tidy(SEEDS_COLUMNS, grids)
 
 
 def _means(array: np.ndarray) -> np.ndarray:
@@ -89,23 +79,14 @@ def _whole(
     held: list[Popularity], pairs: list[tuple[int, int]], size: int, settings: Settings
 ) -> dict[str, np.ndarray]:
     """Columns [3, P + 1, L + 1] between whole recordings."""
-    first, second = np.array(pairs).T
-    layers = range(len(held[0].layers))
     total = np.stack([ordered_sum(one.load, 0) for one in held])
-    found = [measures(total[:, layer], size) for layer in layers]
-    value, null = (_means(np.stack([f[part][:, first, second] for f in found], axis=-1)) for part in (0, 1))
+    value, null = (_means(array) for array in compared(total, pairs, size))
     known = np.isfinite(value[:, :-1]).astype(np.int64)
-    columns = {"value": value, "null_shuffle": null, "n": np.concatenate([known, known.sum(axis=1)[:, None]], axis=1)}
-    columns |= dict.fromkeys(("null_hot", "null_independent", "low", "high"), np.full(value.shape, np.nan))
+    values = {"value": value, "null_shuffle": null, "n": np.concatenate([known, known.sum(axis=1)[:, None]], axis=1)}
     if min(len(one.load) for one in held) > 1:
-        weights = [_weights(held, place, settings) for place in range(len(held))]
-        drawn = []
-        for layer in layers:
-            loads = [w @ one.load[:, layer].astype(np.float64) for w, one in zip(weights, held, strict=True)]
-            drawn.append([measures(np.stack(draw), size)[0][:, first, second] for draw in zip(*loads, strict=True)])
-        replicates = _means(np.moveaxis(np.array(drawn), 0, -1))
-        columns |= _interval(replicates, settings)
-    return columns
+        sides = [(_weights(held, place, settings), one.load) for place, one in enumerate(held)]
+        values |= _interval(_means(resampled(sides, pairs, size)), settings)
+    return values
 
 
 def _weights(held: list[Popularity], place: int, settings: Settings) -> np.ndarray:
@@ -135,22 +116,22 @@ def _matched(
             known = ~np.isnan(alike)
             counts[:, place, layer] = (known & same).sum(axis=(1, 2))
             own, labels = alike[:, same], permuted[:, same]
-            figures["value"][:, place, layer] = _mean(own)
-            figures["null_shuffle"][:, place, layer] = _mean(labels)
-            figures["null_independent"][:, place, layer] = _mean(alike[:, ~same])
+            figures["value"][:, place, layer] = mean(own)
+            figures["null_shuffle"][:, place, layer] = mean(labels)
+            figures["null_independent"][:, place, layer] = mean(alike[:, ~same])
             rest = [
                 _paired(x, ordered_sum(recording.load[:, layer], 0) - y, size)[0][:, same]
                 for x, y, recording in ((one, other, held[b]), (other, one, held[a]))
             ]
-            figures["null_hot"][:, place, layer] = _mean(np.concatenate(rest, axis=1))
+            figures["null_hot"][:, place, layer] = mean(np.concatenate(rest, axis=1))
             if len(weights):
                 top = np.where(np.isnan(own), 0, own) @ weights.T
                 replicates[:, :, place, layer] = divide(top, known[:, same].astype(np.float64) @ weights.T).T
-    columns = {name: _means(array) for name, array in figures.items()}
+    values = {name: _means(array) for name, array in figures.items()}
     summed = counts.max(axis=2, initial=0)
     by_pair = np.concatenate([counts, summed[:, :, None]], axis=2)
-    columns["n"] = np.concatenate([by_pair, by_pair.max(axis=1, initial=0)[:, None]], axis=1)
-    return columns | _interval(_means(replicates), settings)
+    values["n"] = np.concatenate([by_pair, by_pair.max(axis=1, initial=0)[:, None]], axis=1)
+    return values | _interval(_means(replicates), settings)
 
 
 def _shared(one: Popularity, other: Popularity) -> tuple[np.ndarray, np.ndarray]:
@@ -169,13 +150,7 @@ def _paired(one: np.ndarray, other: np.ndarray, size: int) -> tuple[np.ndarray, 
     return value[:, : len(one), len(one) :], permuted[:, : len(one), len(one) :]
 
 
-def _mean(array: np.ndarray) -> np.ndarray:
-    """Mean along the last axis, leaving out NaN; NaN where there is nothing."""
-    known = ~np.isnan(array)
-    return divide(ordered_sum(np.where(known, array, 0), array.ndim - 1), known.sum(axis=-1))
-
-
 def _interval(replicates: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
     """Ends of the percentile interval of replicates [B, ...], NaN where every replicate is."""
-    ends = Bootstrap(0, 0, settings.level, 0).interval(replicates.reshape(len(replicates), -1))
-    return {name: end.reshape(replicates.shape[1:]) for name, end in zip(("low", "high"), ends, strict=True)}
+    ends = Bootstrap(0, 0, settings.level, 0).interval(replicates)
+    return dict(zip(("low", "high"), ends, strict=True))

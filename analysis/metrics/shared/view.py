@@ -1,35 +1,16 @@
-"""One pass over a trace's segments: every family of figures sees each layer of each segment once.
-
-A family keeps sums per bootstrap unit and nothing that grows with the trace. L = MoE layers, E = experts, W = 64-bit
-words of an expert set.
-"""
+"""One layer over one segment, as the metrics look at it. L = MoE layers, E = experts, W = 64-bit words of an expert set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
 
 import numpy as np
-import polars as pl
 
-from analysis.metrics.kernels import row_bits, shared_bits, shared_words
-from analysis.metrics.load_kernels import block_loads, load_ranks, part_loads
-from analysis.metrics.timeline import Timeline, Units, timeline
-from tracer.trace import LayerTrace, Segment, TraceMeta
-
-
-class Trace(Protocol):
-    """What the figures need of a trace; :func:`tracer.parquet.open_trace` returns one."""
-
-    @property
-    def meta(self) -> TraceMeta: ...
-
-    @property
-    def requests(self) -> pl.DataFrame: ...
-
-    def segments(self) -> Iterator[Segment]: ...
+from analysis.metrics.kernels.loads import block_loads, load_ranks, part_loads
+from analysis.metrics.kernels.sets import row_bits, shared_bits, shared_words
+from analysis.metrics.shared.timeline import Timeline
+from tracer.trace import LayerTrace, TraceMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +51,7 @@ class LayerView:
         self.ids = np.ascontiguousarray(routing.expert_ids)
         self.count = routing.count
         self._shape = shape
+        self._ranks: dict[str, np.ndarray] = {}
 
     @cached_property
     def _sets(self) -> tuple[np.ndarray, np.ndarray]:
@@ -123,82 +105,15 @@ class LayerView:
         """Loads of a scope, "block" or "forward"."""
         return self.block_loads if scope == "block" else self.forward_loads
 
-    @cached_property
-    def _ranks(self) -> dict[str, np.ndarray]:
-        return {}
-
     def ranks(self, scope: str) -> np.ndarray:
         """int64 [P, E]: place of each expert by load in its part, UNWANTED without load."""
-        kept = "block" if self.times.block_only else scope
-        if kept not in self._ranks:
-            self._ranks[kept] = load_ranks(self.loads(scope))
-        return self._ranks[kept]
+        scope = "block" if self.times.block_only else scope
+        if scope not in self._ranks:
+            self._ranks[scope] = load_ranks(self.loads(scope))
+        return self._ranks[scope]
 
-
-class Family(Protocol):
-    """A group of figures that are gathered together."""
-
-    def begin(self, times: Timeline) -> None:
-        """A segment starts."""
-        ...
-
-    def add(self, view: LayerView) -> None:
-        """One layer of the segment; layers come in ascending order."""
-        ...
-
-    def end(self) -> None:
-        """The segment's last layer has been seen."""
-        ...
-
-
-class Totals:
-    """How much of the trace there is: the family every other reads its units and sizes from."""
-
-    def __init__(self) -> None:
-        self.segments = self.forwards = self.denoise = self.blocks = self.accepted = self.block_rows = 0
-        self.decisions = self.forward_rows = 0
-        self.has_tokens, self.accepted_known = False, True
-
-    def begin(self, times: Timeline) -> None:
-        self.segments += 1
-        self.forwards += times.segment.forwards.num_forwards
-        self.denoise += times.parts
-        self.blocks += times.runs
-        self.accepted += int(times.accepted.sum())
-        self.accepted_known &= bool((times.accepted >= 0).all())
-        self.block_rows += int((times.grid >= 0).sum())
-        self.forward_rows += times.rows
-        self.has_tokens |= times.segment.tokens is not None
-
-    def add(self, view: LayerView) -> None:
-        self.decisions += int(view.count.sum(dtype=np.int64))
-
-    def end(self) -> None:
-        pass
-
-
-def sweep(
-    trace: Trace, shape: Shape, units: Units, families: Sequence[Family], progress: Callable[[int], Any] | None
-) -> None:
-    """Show every layer of every segment to every family; ``progress`` hears how many model calls have been read."""
-    places = {layer: index for index, layer in enumerate(shape.layers)}
-    read = 0
-    for segment in trace.segments():
-        times = timeline(segment, shape.block_length, units)
-        for family in families:
-            family.begin(times)
-        for layer in sorted(set(segment.layers) & set(places)):
-            view = LayerView(times, places[layer], segment.layer(layer, with_weights=False), shape)
-            for family in families:
-                family.add(view)
-        for family in families:
-            family.end()
-        read += segment.forwards.num_forwards
-        if progress is not None:
-            progress(read)
-
-
-def mean_rows(totals: Totals, scope: str) -> int:
-    """Rows of a denoise forward, rounded; at least 1."""
-    rows = totals.block_rows if scope == "block" else totals.forward_rows
-    return max(1, round(rows / totals.denoise)) if totals.denoise else 1
+    @cached_property
+    def routed_rows(self) -> np.ndarray:
+        """int64 [P]: routed rows of the whole part, every branch."""
+        bounds = np.concatenate(([0], np.cumsum(self.count > 0)))
+        return bounds[self.times.last] - bounds[self.times.first]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -12,22 +13,20 @@ UNITS = 256
 """Bootstrap units at most; the requests of a longer trace are dealt to them in turn, so memory does not grow with
 it."""
 
-STANDARD = {
-    "metric": pl.String,
-    "scope": pl.String,
-    "layer": pl.Int32,
-    "state": pl.String,
-    "distance": pl.Int32,
-    "value": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
-    "null_hot": pl.Float64,
-    "null_independent": pl.Float64,
-    "null_shuffle": pl.Float64,
-    "n": pl.Int64,
-    "beats_null": pl.Boolean,
-}
-"""Columns every figure's frame shares, those that apply to it, in this order; null layer = all layers."""
+_TEXTS = ("metric", "scope", "state", "reference", "order", "between", "first", "second")
+_WHOLE = ("layer", "distance", "budget", "window", "lag", "rows", "expert", "rank", "step", "steps_before", "bin")
+_WIDE = ("n", "load")
+VALUE, NULLS, VERDICT = ("value", "low", "high"), ("null_hot", "null_independent", "null_shuffle"), ("n", "beats_null")
+"""Columns most frames end in: a figure and its interval, its nulls, how much it averages and what the nulls make of it."""
+
+
+def columns(*names: str) -> dict[str, Any]:
+    """Columns of a frame with their polars types: shares and figures are float64. A null ``layer`` = all layers."""
+    known: dict[str, Any] = (
+        dict.fromkeys(_TEXTS, pl.String) | dict.fromkeys(_WHOLE, pl.Int32) | dict.fromkeys(_WIDE, pl.Int64)
+    )
+    known["beats_null"] = pl.Boolean
+    return {name: known.get(name, pl.Float64) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
