@@ -84,6 +84,12 @@ def write_part(path: Path, table: str, name: str, groups: Iterator[pa.Table], co
     return temporary.stat().st_size
 
 
+def put_part(path: Path, table: str, name: str) -> None:
+    """Give a part that was written its own name."""
+    os.replace(temporary_path(path, table, name), path / table / name)
+    sync_folder(path / table)
+
+
 def commit_segment(path: Path, number: int, segment: OpenSegment, memory: SlotMemory, compact: bool) -> int:
     """Write a segment's parts so that it is there whole or not at all; returns their bytes."""
     tables, name = segment_tables(segment, memory), part_name(number)
@@ -91,8 +97,7 @@ def commit_segment(path: Path, number: int, segment: OpenSegment, memory: SlotMe
     try:
         written = sum(write_part(path, table, name, tables[table], compact) for table in order)
         for table in order:
-            os.replace(temporary_path(path, table, name), path / table / name)
-            sync_folder(path / table)
+            put_part(path, table, name)
     except BaseException:
         for table in order:
             temporary_path(path, table, name).unlink(missing_ok=True)

@@ -90,8 +90,9 @@ def _check_tokens(segment: OpenSegment, state: np.ndarray, position: np.ndarray)
         raise row_fault(segment, int(np.argmax(stray)), None, message)
     lengths = [part["num_tokens"] // part["branches"] for part in segment.parts for _ in range(part["branches"])]
     twice = repeated_positions(position, np.concatenate(([0], np.cumsum(np.array(lengths, np.int64)))))
-    if twice >= 0:
-        raise row_fault(segment, twice, None, f"position {position[twice]} stands twice in one request and branch")
+    if twice.any():
+        bad = int(np.argmax(twice))
+        raise row_fault(segment, bad, None, f"position {position[bad]} stands twice in one request and branch")
 
 
 def _scores_groups(segment: OpenSegment) -> Iterator[pa.Table]:
