@@ -16,25 +16,22 @@ from tracer.parquet import TraceWriter, open_trace
 
 def naive_slots(calls, layer):
     """Slots of every row of a layer: lists of the real expert ids; rows with fewer than K keep the order they are given in."""
-    remembered = {}  # request -> branches and {(branch, position): slots} of the request's previous call
+    remembered = {}  # request -> {position: slots} of the first branch of the request's previous call
     rows = []
     for parts, tokens, routing in calls:
         n = routing.layers.index(layer)
         for part in parts:
             first, count, branches = part["row_start"], part["num_tokens"], part["branches"]
-            (had, before), now = remembered.get(part["request_id"], (0, {})), {}
+            before, now = remembered.get(part["request_id"], {}), {}
             for r in range(first, first + count):
                 branch = (r - first) // (count // branches)
                 position = (
                     int(tokens["position"][r]) if tokens else part["kv_tokens"] + (r - first) % (count // branches)
                 )
-                # a branch follows itself, or the first one where the previous call had fewer branches
-                earlier = before.get((branch if branch < had else 0, position))
+                earlier = before.get(position)
                 ids = [int(e) for e in routing.expert_ids[n][r]]
                 if routing.count is not None and routing.count[n][r] < len(ids):
                     rows.append(ids[: routing.count[n][r]])
-                    if earlier:
-                        now[branch, position] = earlier
                     continue
                 if earlier:
                     slots = [e if e in ids else None for e in earlier]
@@ -42,9 +39,10 @@ def naive_slots(calls, layer):
                     slots = [newcomers.pop(0) if e is None else e for e in slots]
                 else:
                     slots = sorted(ids)
-                now[branch, position] = slots
+                if branch == 0:
+                    now[position] = slots
                 rows.append(slots)
-            remembered[part["request_id"]] = branches, now
+            remembered[part["request_id"]] = now
     return rows
 
 
