@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -88,8 +89,8 @@ class OpenSegment:
         if self.meta.capture_level == "active":
             active = _active(call, self.meta, parts[0]["kind"])
             call = replace(call, router_scores=None)
-        arrays = [call.expert_ids, call.gate_weights, call.router_scores, *(array for pair in active for array in pair)]
-        size = sum(array.nbytes for array in (*arrays, *columns.values()) if array is not None)
+        arrays = [call.expert_ids, call.gate_weights, call.router_scores, *columns.values(), *itertools.chain(*active)]
+        size = sum([array.nbytes for array in arrays if array is not None])
         # nothing can fail any more
         for column, values in columns.items():
             self._tokens[column].extend(values)

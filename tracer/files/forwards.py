@@ -6,7 +6,7 @@ Shapes: P = parts, N = rows of the table, F = model calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ def _branches(c: Mapping[str, Any]) -> Any:
     return c["branches"] + (c["branches"] < 1)
 
 
-# What is wrong with single rows of the table, numbers or whole columns of them, and the words for it. Null is -1.
-ROW_RULES = (
+# What is wrong with rows of the table, one or whole columns of them, and the words for it. Null is -1, a kind its code.
+ROW_RULES: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
     (lambda c: c["block"] < -1, "block {block} must be -1 or more"),
     (lambda c: c["step"] < -1, "step {step} must be -1 or more"),
     (
