@@ -90,5 +90,5 @@ def test_active_columns_equal_naive(seed, rows, experts, with_bias):
     known = ~np.isnan(scores).all(axis=1)
     real = [row if on else [] for row, on in zip(ids.tolist(), routed)]
     assert active_columns(ids, scores, bias, routed & known).tolist() == naive_active(real, scores, own_bias, top_k)
-    everywhere = active_columns(ids[known], scores[known], bias)
+    everywhere = active_columns(ids[known], scores[known], bias, np.ones(known.sum(), bool))
     assert everywhere.tolist() == naive_active(ids.tolist(), scores, own_bias, top_k)

@@ -109,10 +109,7 @@ class StoredForwards:
 def read_forwards(path: Path, meta: TraceMeta) -> StoredForwards:
     """Read every ``forwards`` part. Types and nulls are checked; requirements by the two functions below.
 
-    Raises
-    ------
-    TraceError
-        Naming part and row; also when the trace has another number of segments than its meta.json counts.
+    A TraceError names part and row; also when the trace has another number of segments than its meta.json counts.
     """
     check_part_count(path, meta)
     names = part_names(path, "forwards")

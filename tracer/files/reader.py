@@ -95,10 +95,7 @@ class Trace:
     def loads(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps uint32 [S] and tokens of each expert uint32 [S, L, E] of a trace that holds counts only.
 
-        Raises
-        ------
-        TraceError
-            With the first fault; also where the trace holds calls.
+        A TraceError with the first fault; also where the trace holds calls.
         """
         from tracer.files.loads import read_loads
 
@@ -108,11 +105,8 @@ class Trace:
     def notes(self) -> list[str]:
         """Sentences that every figure needs: that the trace was not finished, what padding is left out, what is unknown.
 
-        Raises
-        ------
-        TraceError
-            With the first fault of the tables requests, forwards and tokens: no figure is made from a trace that has one.
-            Routing is held against the format as it is read.
+        A TraceError with the first fault of the tables requests, forwards and tokens: no figure is made from a trace that has
+        one. Routing is held against the format as it is read.
         """
         from tracer.check import first_fault
         from tracer.padding import padding_note
@@ -173,22 +167,20 @@ class Trace:
     def segments(self) -> Iterator[Segment]:
         """The trace from its beginning in segments, none of which splits a block of a request.
 
-        Raises
-        ------
-        TraceError
-            With the first fault met, here or when a layer of a segment is read.
+        A TraceError with the first fault met, here or when a layer of a segment is read.
         """
         for first, last in zip(self.bounds[:-1], self.bounds[1:], strict=True):
             yield self._segment(first, last)
 
     def _segment(self, first: int, last: int) -> Segment:
+        has_tokens = "tokens" in self.meta.tables
         return StoredSegment(
             forwards=self.forwards.table(first, last),
             layers=self.meta.model.moe_layers,
             load=lambda layer, scores, weights: self.layer(layer, first, last, scores, weights),
             following=lambda: self._segment(last, last + 1) if last < self.forwards.num_calls else None,
-            read_tokens=lambda: self._tokens(first, last),
-            read_padding=lambda: self._padding(first, last),
+            read_tokens=lambda: self._tokens(first, last) if has_tokens else None,
+            read_padding=lambda: self._padding(first, last) if has_tokens else None,
         )
 
     def rows(self, table: str) -> RowTable:
@@ -203,17 +195,13 @@ class Trace:
         rows = self.rows("tokens").read(NO_LAYER, first, last, names)
         return rows, {name: rows.numbers(name) for name in names}
 
-    def _tokens(self, first: int, last: int) -> TokenTable | None:
-        if "tokens" not in self.meta.tables:
-            return None
+    def _tokens(self, first: int, last: int) -> TokenTable:
         rows, columns = self.token_rows(first, last)
         for fault in token_faults(rows, columns):
             raise TraceError(fault)
         return token_table(columns)
 
     def _padding(self, first: int, last: int) -> np.ndarray | None:
-        if "tokens" not in self.meta.tables:
-            return None
         padding = self.token_rows(first, last, ["state"])[1]["state"] == PADDING
         return padding if padding.any() else None
 
@@ -270,7 +258,7 @@ class Trace:
         if requirement not in REQUIREMENTS:
             raise UserError(f"there is no requirement {requirement!r}: choose one of {', '.join(REQUIREMENTS)}.")
         if requirement == "tokens":
-            return "tokens" in self.meta.tables
+            return requirement in self.meta.tables
         if requirement in ("scores", "active"):
             return self.meta.capture_level in ("scores", requirement)
         return bool(getattr(self, f"_has_{requirement}"))
@@ -297,23 +285,22 @@ class Trace:
 class StoredSegment(Segment):
     """A Segment whose tokens are read, and checked, when first asked for; padding is known without them."""
 
-    _read_tokens: Callable[[], TokenTable | None]
-    _read_padding: Callable[[], np.ndarray | None]
+    _given: dict[str, Callable[[], Any]]
 
-    def __init__(self, read_tokens: Any, read_padding: Any, **given: Any) -> None:
+    def __init__(self, read_tokens: Callable[[], Any], read_padding: Callable[[], Any], **given: Any) -> None:
         # the base is frozen
-        for name, value in {**given, "_read_tokens": read_tokens, "_read_padding": read_padding}.items():
+        for name, value in {**given, "_given": {"tokens": read_tokens, "padding": read_padding}}.items():
             object.__setattr__(self, name, value)
 
     @cached_property
     def tokens(self) -> TokenTable | None:
         """The token rows; a TraceError with their first fault."""
-        return self._read_tokens()
+        return self._given["tokens"]()
 
     @cached_property
     def padding(self) -> np.ndarray | None:
         """bool [T]: rows that are padding; None where there are none."""
-        return self._read_padding()
+        return self._given["padding"]()
 
 
 def open_trace(path: str | Path) -> Trace:
@@ -322,12 +309,7 @@ def open_trace(path: str | Path) -> Trace:
     Parameters
     ----------
     path : str or Path
-        The trace's folder.
-
-    Raises
-    ------
-    TraceError
-        When there is no trace, or its ``meta.json`` is not valid, or of another schema version.
+        The trace's folder. A TraceError when there is no trace, or its ``meta.json`` is not valid, or of another version.
     """
     folder = Path(path)
     if not folder.exists():

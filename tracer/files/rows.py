@@ -7,7 +7,7 @@ Within a layer rows go by (forward_id, row) through all parts, so the n-th row o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -72,6 +72,7 @@ class Rows:
 
     @property
     def count(self) -> int:
+        """How many rows there are."""
         return int(self.offsets[-1])
 
     def fault(self, row: int, message: str) -> TraceError:
@@ -128,14 +129,15 @@ class ColumnCache:
     def get(self, key: tuple[Any, ...], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The columns of a key, read where it is not known."""
         with self._lock:
-            if key in self._columns:
-                self._columns.move_to_end(key)
-                return self._columns[key]
+            columns = self._columns.pop(key, None)
+            if columns is not None:
+                # the latest is the last
+                self._columns[key] = columns
+                return columns
         columns = read()
         with self._lock:
-            if key not in self._columns:
-                self._columns[key] = columns
-                self._bytes += _size(columns)
+            self._bytes += 0 if key in self._columns else _size(columns)
+            self._columns[key] = columns
             while self._bytes > CACHE_BYTES and len(self._columns) > 1:
                 self._bytes -= _size(self._columns.popitem(last=False)[1])
         return columns
@@ -163,7 +165,7 @@ class RowTable:
         self.names = part_names(stored.path, table)
         self._keys = ("forward_id",) if table == "scores" else ("forward_id", "row")
         self._cache = ColumnCache()
-        self._right: OrderedDict[tuple[Any, ...], None] = OrderedDict()
+        self._right: set[tuple[Any, ...]] = set()
         self._lock = Lock()
         layers = (NO_LAYER,) if table == "tokens" else stored.meta.model.moe_layers
         # by layer: part and row group of each group that has rows of it, and the rows before it
@@ -253,8 +255,7 @@ class RowTable:
             start, end = bounds[number : number + 2].tolist()
             part = self._open(self.table, name)
             places = self._places(part, group, layer, end - start)[max(low, start) - start : min(high, end) - start]
-            keep = len(places) < np.diff(part.groups)[group]
-            yield Piece(part, group, places, max(low, start) - low, self._columns(part, group, names, keep))
+            yield Piece(part, group, places, max(low, start) - low, self._columns(part, group, names, len(places)))
 
     def _places(self, part: PartFile, group: int, layer: int, count: int) -> range | np.ndarray:
         """Where the rows of a layer, ``count`` of them, stand in a row group."""
@@ -262,7 +263,7 @@ class RowTable:
         # a sealed footer has said already which layer it is
         if layer == NO_LAYER or (part.sealed and count == len(whole)):
             return whole
-        layers = self._columns(part, group, ["layer"], True)["layer"]
+        layers = self._columns(part, group, ["layer"], 0)["layer"]
         places = np.flatnonzero(layers == layer)
         if len(places) != count:
             at = int(np.argmax(layers != layer))
@@ -270,10 +271,10 @@ class RowTable:
             raise part.fault(int(part.groups[group]) + at, message)
         return whole if count == len(whole) else places
 
-    def _columns(self, part: PartFile, group: int, names: list[str], keep: bool) -> dict[str, Any]:
-        """Columns of a whole row group, those that the part has; with ``keep`` they are kept for the next piece of it."""
+    def _columns(self, part: PartFile, group: int, names: Sequence[str], wanted: int) -> dict[str, Any]:
+        """Columns of a whole row group, those that the part has; kept for the next piece unless all its rows are wanted now."""
         names = [name for name in names if name in part.present or self.table == "tokens"]
-        if not keep:
+        if wanted == np.diff(part.groups)[group]:
             return part.arrays(names, group) if names else {}
         columns: dict[str, Any] = {}
         for name in names:
@@ -291,10 +292,9 @@ class RowTable:
         stored = tuple(part.stored(name, piece.group) for name in self._keys)
         right = (*stored, places, begin, self.kinds[layer].tobytes())
         known = isinstance(places, range) and None not in stored
-        with self._lock:
-            if known and right in self._right:
-                return
-        columns = self._columns(part, piece.group, list(self._keys), len(places) < np.diff(part.groups)[piece.group])
+        if known and right in self._right:
+            return
+        columns = self._columns(part, piece.group, self._keys, len(places))
         wrong = []
         for name, expected in zip(self._keys, self._expected(layer, begin, len(places)), strict=False):
             keys = columns[name][piece.index]
@@ -305,11 +305,11 @@ class RowTable:
             at, what = min(wrong)
             where = "" if layer == NO_LAYER else f" in layer {layer}, whose rows go by (forward_id, row)"
             raise part.fault(int(part.groups[piece.group]) + int(places[at]), f"{what}{where}.")
-        with self._lock:
-            if known:
-                self._right[right] = None
-            while len(self._right) > MOST_RIGHT:
-                self._right.popitem(last=False)
+        if known:
+            with self._lock:
+                if len(self._right) >= MOST_RIGHT:
+                    self._right.clear()
+                self._right.add(right)
 
     def _expected(self, layer: int, begin: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """forward_id and row of ``count`` rows of a layer from row ``begin`` on."""

@@ -28,10 +28,7 @@ def table_schema(table: str) -> pl.Schema:
 def part_frames(part: PartFile) -> Iterator[pl.DataFrame]:
     """A part as frames, one a row group, in the format's own types, missing optional columns as nulls.
 
-    Raises
-    ------
-    TraceError
-        When a number does not fit its type or is null where none may stand.
+    A TraceError when a value does not fit its type or is null where none may stand.
     """
     columns, schema = COLUMNS[part.table], table_schema(part.table)
     for first, table in part.tables(list(columns)):
@@ -47,10 +44,7 @@ def part_frames(part: PartFile) -> Iterator[pl.DataFrame]:
 def requests_frame(forwards: StoredForwards) -> pl.DataFrame:
     """The ``requests`` table, sorted, with a row for every request that was interrupted.
 
-    Raises
-    ------
-    TraceError
-        When a request stands twice, a stop_reason is unknown or a value is null that must not be.
+    A TraceError when a request stands twice, a stop_reason is unknown or a value is null that must not be.
     """
     ended = pl.DataFrame(schema=table_schema("requests"))
     for name in request_parts(forwards):

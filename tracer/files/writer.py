@@ -38,8 +38,8 @@ class TraceWriter:
     meta : dict
         ``meta.json`` without schema_version, created and complete. ``tables`` defaults to all that the capture level has.
     force : bool
-        Replace a trace that is there. Only a trace: another folder or file is never touched. The new one is written beside
-        it and takes its place when it is complete; until then, and if it never is, the old one stays.
+        Replace a trace that is there, never another folder or file. The new one is written beside it and takes its place when
+        it is complete; until then, and if it never is, the old one stays.
     append : bool
         Go on with a trace that is there, after removing what an interrupted writer left: parts that belong to no forwards,
         and the calls at its end whose requests never ended. A new one where there is none.
@@ -176,11 +176,9 @@ class TraceWriter:
             return self.next_forward - 1
 
     def _full(self) -> bool:
-        segment = self._segment
-        if not segment.num_calls:
-            return False
-        old = time.monotonic() - self._opened > self._segment_seconds
-        return old or segment.num_calls >= self._segment_forwards or segment.num_bytes >= self._soft_bytes
+        segment, age = self._segment, time.monotonic() - self._opened
+        grown = segment.num_calls >= self._segment_forwards or segment.num_bytes >= self._soft_bytes
+        return segment.num_calls > 0 and (grown or age > self._segment_seconds)
 
     def add_request(self, request: Mapping[str, Any]) -> None:
         """Add the row of a request that has ended: the columns of ``requests``, dataset and prompt optional.
