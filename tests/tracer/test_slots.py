@@ -56,13 +56,17 @@ def naive_slots(calls, layer):
     count=st.booleans(),
     branches=st.integers(1, 3),
     segment_forwards=st.integers(1, 9),
+    # so small that blocks are cut inside, and rows go on from those of the segment before
+    max_buffer_bytes=st.sampled_from([2, 128 << 20]),
 )
-def test_kernel_equals_naive(seed, geometry, batch, segment_forwards, **options):
+def test_kernel_equals_naive(seed, geometry, batch, segment_forwards, max_buffer_bytes, **options):
     rng = np.random.default_rng(seed)
     recorded = record(rng, num_experts=geometry[0], top_k=geometry[1], batch=batch, **options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.trace"
-        with TraceWriter(path, recorded.meta, segment_forwards=segment_forwards) as writer:
+        with TraceWriter(
+            path, recorded.meta, segment_forwards=segment_forwards, max_buffer_bytes=max_buffer_bytes
+        ) as writer:
             recorded.write(writer)
         segments = list(open_trace(path).segments())
         for layer in recorded.meta["model"]["moe_layers"]:

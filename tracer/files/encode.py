@@ -160,10 +160,8 @@ def _checked_layer(segment: OpenSegment, layer: int, ids: np.ndarray, weights: n
 def _routing_groups(segment: OpenSegment, memory: SlotMemory) -> Iterator[pa.Table]:
     """One table a layer, which becomes one row group: a layer is one contiguous read."""
     layers, carried = segment.layers, memory.size
-    ids, count = (
-        _stacked(segment, name, carried, segment.meta.model.top_k if name == "count" else None)
-        for name in ("expert_ids", "count")
-    )
+    ids = _stacked(segment, "expert_ids", carried, 0)
+    count = _stacked(segment, "count", carried, ids.shape[2])
     weights = np.empty((len(layers), 0, ids.shape[2]), np.float16)
     if any(call.gate_weights is not None for call in segment.calls):
         weights = _stacked(segment, "gate_weights", carried, np.nan)
@@ -223,10 +221,5 @@ def _array(values: np.ndarray | None, kind: pa.DataType, rows: int) -> pa.Array:
 
 def _layer_scores(segment: OpenSegment, layer: int) -> np.ndarray:
     """float32 [rows, E]: scores of a layer over the calls that have it."""
-    return np.concatenate(
-        [
-            call.router_scores[call.layers.index(layer)]
-            for call in segment.calls
-            if layer in call.layers and call.router_scores is not None
-        ]
-    )
+    pairs = [(call.router_scores, call.layers.index(layer)) for call in segment.calls if layer in call.layers]
+    return np.concatenate([scores[n] for scores, n in pairs if scores is not None])

@@ -7,8 +7,10 @@ every read, and a column that is not as long as its row group is a fault before 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from tracer.files.footer import footer_is_sealed
 from tracer.schema import widths
 from tracer.trace import TraceMeta
 
+# decoded columns of row groups that are read piece by piece, kept for the pieces to come
+CACHE_BYTES = 256 << 20
 # a column chunk up to this size is compared with others as it is stored rather than decoded
 MOST_COMPARED = 1 << 20
 
@@ -190,3 +194,33 @@ class PartFile:
     def chunk(self, name: str, group: int) -> Any:
         """What the footer says of a column of a row group."""
         return self.metadata.row_group(group).column(self.schema.get_field_index(name))
+
+
+class ColumnCache:
+    """Decoded columns by key, the latest :data:`CACHE_BYTES` of them. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._columns: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
+        self._bytes = 0
+        self._lock = Lock()
+
+    def get(self, key: tuple[Any, ...], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The columns of a key, read where it is not known."""
+        with self._lock:
+            columns = self._columns.pop(key, None)
+            if columns is not None:
+                # the latest is the last
+                self._columns[key] = columns
+                return columns
+        columns = read()
+        with self._lock:
+            self._bytes += 0 if key in self._columns else _size(columns)
+            self._columns[key] = columns
+            while self._bytes > CACHE_BYTES and len(self._columns) > 1:
+                self._bytes -= _size(self._columns.popitem(last=False)[1])
+        return columns
+
+
+def _size(columns: dict[str, Any]) -> int:
+    pieces = [piece for column in columns.values() for piece in (column if isinstance(column, tuple) else (column,))]
+    return sum(piece.nbytes for piece in pieces if piece is not None)

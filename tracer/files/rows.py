@@ -6,7 +6,6 @@ Within a layer rows go by (forward_id, row) through all parts, so the n-th row o
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +16,9 @@ import numpy as np
 
 from tracer.errors import TraceError
 from tracer.files.forwards import StoredForwards
-from tracer.files.parts import PartFile, part_names
+from tracer.files.parts import ColumnCache, PartFile, part_names
 from tracer.schema import KINDS
 
-# decoded columns of row groups that are read piece by piece, kept for the pieces to come
-CACHE_BYTES = 256 << 20
 # pieces whose keys are known to be right, those of the layers of a segment or two
 MOST_RIGHT = 8
 # what stands for the layer in a table that has none
@@ -116,36 +113,6 @@ class Rows:
         whole = np.full((len(own), *rows.shape[1:]), empty, rows.dtype)
         whole[own] = rows
         return whole
-
-
-class ColumnCache:
-    """Decoded columns by key, the latest :data:`CACHE_BYTES` of them. Safe to use from several threads."""
-
-    def __init__(self) -> None:
-        self._columns: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
-        self._bytes = 0
-        self._lock = Lock()
-
-    def get(self, key: tuple[Any, ...], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The columns of a key, read where it is not known."""
-        with self._lock:
-            columns = self._columns.pop(key, None)
-            if columns is not None:
-                # the latest is the last
-                self._columns[key] = columns
-                return columns
-        columns = read()
-        with self._lock:
-            self._bytes += 0 if key in self._columns else _size(columns)
-            self._columns[key] = columns
-            while self._bytes > CACHE_BYTES and len(self._columns) > 1:
-                self._bytes -= _size(self._columns.popitem(last=False)[1])
-        return columns
-
-
-def _size(columns: dict[str, Any]) -> int:
-    pieces = [piece for column in columns.values() for piece in (column if isinstance(column, tuple) else (column,))]
-    return sum(piece.nbytes for piece in pieces if piece is not None)
 
 
 class RowTable:

@@ -85,9 +85,9 @@ class SlotMemory:
         whole = count == ids.shape[2]
         if ids.shape[2] == 8 and ids.dtype == np.uint8:
             words = ids.view(np.uint64).reshape(whole.shape)
-            stable_slots_of_eight(words, weights.view(np.uint16), whole, reference)
+            stable_slots_of_eight(words, weights.view(np.uint16), whole, reference, self.size)
         else:
-            stable_slots(ids, weights.view(np.uint16), whole, reference)
+            stable_slots(ids, weights.view(np.uint16), whole, reference, self.size)
         going_on = {r: n for r, n in last.items() if n >= len(self._lengths) and r not in ended}
         self._lengths = {request: int(branch[number]) for request, number in going_on.items()}
         rows = [np.arange(starts[number], starts[number] + branch[number]) for number in going_on.values()]
@@ -121,14 +121,14 @@ def references(previous, starts, branch, positions):
 
 
 @njit
-def stable_slots(ids, weights, whole, reference):
+def stable_slots(ids, weights, whole, reference, remembered):
     """Reorder each row's experts, in place, so that those it shares with its reference row keep their slots.
 
     Newcomers take the free slots in their own order, so unstable experts gather in the slots that change anyway; a row without
     a reference comes out by ascending id. Weights move along.
 
     ids uint8 or uint16 [L, R, K]; weights uint16 [L, R, K], bits of the float16, or [L, 0, K]; whole bool [L, R], rows that
-    have all K experts, the others are left alone; reference int64 [R].
+    have all K experts, the others are left alone; reference int64 [R]; the first ``remembered`` rows have their slots already.
     """
     layers, rows, top_k = ids.shape
     weighted = weights.shape[1] > 0
@@ -140,8 +140,7 @@ def stable_slots(ids, weights, whole, reference):
         layer, t = divmod(row, rows)
         before = reference[t]
         linked = before >= 0 and whole[layer, before]
-        # the rows that are remembered are as they were left
-        if not whole[layer, t]:
+        if t < remembered or not whole[layer, t]:
             continue
         for k in range(top_k):
             given[k] = ids[layer, t, k]
@@ -172,7 +171,7 @@ def stable_slots(ids, weights, whole, reference):
 
 
 @njit
-def stable_slots_of_eight(ids, weights, whole, reference):
+def stable_slots_of_eight(ids, weights, whole, reference, remembered):
     """:func:`stable_slots` for rows of eight uint8 ids, each row one uint64 of ``ids`` [L, R]: the same many times as fast.
 
     Rows are compared with their references first, all pairs of slots by eight rotations and without a branch, which becomes
@@ -188,7 +187,7 @@ def stable_slots_of_eight(ids, weights, whole, reference):
     kept, taken, orders = np.empty(MOST_ROWS, np.uint64), np.empty(MOST_ROWS, np.uint64), np.empty(MOST_ROWS, np.uint64)
     bits = np.empty(8, np.uint16)
     for layer in range(len(ids)):
-        first = 0
+        first = remembered
         while first < len(reference):
             end = first
             # rows that follow none of one another
