@@ -26,9 +26,9 @@ class TraceWriter:
 
     A segment ends where the (request, block) of the calls changes, once it holds ``segment_forwards`` calls, is
     ``segment_seconds`` old or holds an eighth of ``max_buffer_bytes``; a block that goes on past half of these bytes is cut at
-    the next call. Encoding takes about as much memory again as its segment. A process killed at any moment loses the open segment,
-    and one on its way to the disk, at most; Ctrl-C loses nothing: it is held back until a call is in. Left by an exception, the
-    context commits what it has and leaves ``complete`` false. One writer a folder: a second one is refused.
+    the next call. Encoding takes about as much memory again as its segment. A process killed at any moment loses the open
+    segment, and one on its way to the disk, at most; Ctrl-C loses nothing: it is held back until a call is in. Left by an
+    exception, the context commits what it has and leaves ``complete`` false. One writer a folder: a second one is refused.
 
     Parameters
     ----------
