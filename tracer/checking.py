@@ -9,24 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from tracer.errors import TraceError
-from tracer.files.forwards import StoredForwards, read_forwards, rule_faults, segment_bounds, structure_faults
-from tracer.files.layers import LayerRows
+from tracer.files.forwards import StoredForwards, read_forwards, rule_faults, structure_faults
 from tracer.files.loads import read_loads
-from tracer.files.segments import StoredTables, segment_rows
+from tracer.files.reader import Trace
+from tracer.files.rows import Rows
 from tracer.files.tidy import INTERRUPTED, not_finished, requests_frame
-from tracer.files.tokens import TokenRows, token_faults
+from tracer.files.tokens import token_fault, token_faults
 from tracer.meta import MetaError, read_meta
 from tracer.schema import DENOISE, undecided
 from tracer.trace import LayerTrace, TraceMeta
-
-if TYPE_CHECKING:
-    from tracer.files.reader import Trace
 
 MOST_FAULTS = 20
 
@@ -79,29 +75,25 @@ def _all_faults(path: Path) -> Iterator[str]:
         return
     yield from rule_faults(stored)
     yield from _request_faults(stored, meta)
-    tables = StoredTables(path, meta)
+    trace = Trace(path, meta)
     # what rule_faults found leaves rows where they are
-    tables.forwards = stored
-    bounds = segment_bounds(stored, segment_rows(meta)).tolist()
-    for first, last in itertools.pairwise(bounds):
+    trace.forwards = stored
+    for first, last in itertools.pairwise(trace.bounds):
         if "tokens" in meta.tables:
-            yield from _token_faults(tables, first, last)
-        yield from _routing_faults(tables, first, last)
-    if not bounds[-1]:
-        yield from _empty_faults(tables)
+            yield from _token_faults(trace, first, last)
+        yield from _routing_faults(trace, first, last)
+    if not trace.num_forwards:
+        yield from _empty_faults(trace)
     if not meta.complete:
         yield _unfinished(stored)
 
 
 def first_fault(trace: Trace) -> str | None:
     """The first fault of a trace's requests, forwards and tokens, which is little beside routing; None where there is none."""
-    stored, meta = trace.forwards, trace.meta
-    yields = [_request_faults(stored, meta)]
-    if "tokens" in meta.tables:
-        bounds = segment_bounds(stored, segment_rows(meta)).tolist()
-        tables = StoredTables(trace.path, meta)
-        yields += [_token_faults(tables, first, last) for first, last in itertools.pairwise(bounds)]
-    return next(itertools.chain.from_iterable(yields), None)
+    faults = [_request_faults(trace.forwards, trace.meta)]
+    if "tokens" in trace.meta.tables:
+        faults += [_token_faults(trace, first, last) for first, last in itertools.pairwise(trace.bounds)]
+    return next(itertools.chain.from_iterable(faults), None)
 
 
 def _unfinished(stored: StoredForwards) -> str:
@@ -111,12 +103,11 @@ def _unfinished(stored: StoredForwards) -> str:
         return f"{stored.path}: this trace was not finished."
 
 
-def _empty_faults(tables: StoredTables) -> Iterator[str]:
+def _empty_faults(trace: Trace) -> Iterator[str]:
     """Rows in a trace without calls."""
     try:
-        if "tokens" in tables.meta.tables:
-            _ = tables.tokens
-        tables.layers("routing")
+        for table in {"tokens", "routing"} & set(trace.meta.tables):
+            trace.rows(table)
     except TraceError as error:
         yield str(error)
 
@@ -139,23 +130,22 @@ def _request_faults(stored: StoredForwards, meta: TraceMeta) -> Iterator[str]:
         yield f"{stored.path}: requests: first_block of request {request} is {found} and must be {wanted}."
 
 
-def _token_faults(tables: StoredTables, first: int, last: int) -> Iterator[str]:
+def _token_faults(trace: Trace, first: int, last: int) -> Iterator[str]:
     try:
-        rows = tables.tokens.read(first, last)
+        rows, columns = trace.token_rows(first, last)
     except TraceError as error:
         yield str(error)
         return
     broken = False
-    for fault in token_faults(tables.forwards, first, last, rows):
+    for fault in token_faults(rows, columns):
         broken = True
         yield fault
     if not broken:
-        yield from _value_faults(rows)
-        yield from _count_faults(tables.forwards, first, last, rows.columns)
+        yield from _value_faults(rows, columns)
+        yield from _count_faults(trace.forwards, first, last, columns)
 
 
-def _value_faults(rows: TokenRows) -> Iterator[str]:
-    columns = rows.columns
+def _value_faults(rows: Rows, columns: dict[str, np.ndarray]) -> Iterator[str]:
     open_rows = undecided(columns["state"])
     predicted, confidence = columns["predicted_id"], columns["confidence"]
     rules = (
@@ -167,8 +157,7 @@ def _value_faults(rows: TokenRows) -> Iterator[str]:
         ((confidence < 0) | (confidence > 1.001), "confidence must lie in 0..1"),
     )
     for wrong, message in rules:
-        if wrong.any():
-            yield rows.fault(int(np.argmax(wrong)), message)
+        yield from token_fault(rows, columns, wrong, message)
 
 
 def _count_faults(stored: StoredForwards, first: int, last: int, columns: dict[str, np.ndarray]) -> Iterator[str]:
@@ -203,34 +192,32 @@ def _count_faults(stored: StoredForwards, first: int, last: int, columns: dict[s
         yield f"{stored.name(int(rows[i]))}: num_edited is {table['num_edited'][i]} where tokens has {changed[i]} edited rows."
 
 
-def _routing_faults(tables: StoredTables, first: int, last: int) -> Iterator[str]:
-    level = tables.meta.capture_level
+def _routing_faults(trace: Trace, first: int, last: int) -> Iterator[str]:
+    level = trace.meta.capture_level
     try:
-        routing = tables.layers("routing")
-        if level == "active":
-            tables.layers("scores")
+        for table in ("routing", "scores") if level == "active" else ("routing",):
+            trace.rows(table)
     except TraceError as error:
         yield str(error)
         return
-    for name in routing.names:
-        part = tables.part("routing", name)
-        if level != "scores" and "router_scores" in part.present:
+    for part in trace.parts("routing") if level != "scores" else ():
+        if "router_scores" in part.present:
             yield str(part.fault(None, f"it holds router_scores although capture_level is {level}."))
-    for layer in tables.meta.model.moe_layers:
+    for layer in trace.meta.model.moe_layers:
         try:
-            found = tables.layer(layer, first, last, True, True)
+            routing = trace.layer(layer, first, last, True, True)
         except TraceError as error:
             yield str(error)
             continue
-        missing = first_without_scores(found) if level == "active" else -1
+        missing = first_without_scores(routing) if level == "active" else -1
         if missing >= 0:
-            stored = tables.forwards
+            stored = trace.forwards
             offsets = stored.row_offsets[first : last + 1] - stored.row_offsets[first]
             call = int(np.searchsorted(offsets, missing, "right")) - 1
-            rows = LayerRows(stored, tables.layers("scores"), layer, first, last)
-            ids = found.expert_ids[missing, : found.count[missing]].tolist()
-            cell = int(found.present[:call].sum())
-            yield str(rows.fault(cell, f"experts lacks some of the ids {ids} of token row {missing - offsets[call]}"))
+            ids = routing.expert_ids[missing, : routing.count[missing]].tolist()
+            cell = int(routing.present[:call].sum())
+            what = f"experts lacks some of the ids {ids} of token row {missing - offsets[call]}"
+            yield str(trace.rows("scores").read(layer, first, last, []).fault(cell, what))
 
 
 def first_without_scores(layer: LayerTrace) -> int:

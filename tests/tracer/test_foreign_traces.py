@@ -593,7 +593,7 @@ def cut(tables, calls):
 @pytest.mark.parametrize("layer_first", [False, True])
 @pytest.mark.parametrize("cache", [0, 1 << 20])
 def test_one_large_part_is_cut_between_blocks(tmp_path, monkeypatch, layer_first, cache):
-    monkeypatch.setattr("tracer.files.routing.CACHE_BYTES", cache)
+    monkeypatch.setattr("tracer.files.parts.CACHE_BYTES", cache)
     hand = Handmade()
     whole = read_whole(open_trace(hand.write(tmp_path / "whole.trace")))
     hand.segments = [
@@ -603,7 +603,7 @@ def test_one_large_part_is_cut_between_blocks(tmp_path, monkeypatch, layer_first
         hand.layer_first()
     hand.write_options = {"row_group_size": 3}
     path = hand.write(tmp_path / "one.trace")
-    monkeypatch.setattr("tracer.files.segments.SEGMENT_DECISIONS", 4 * len(LAYERS) * 2)
+    monkeypatch.setattr("tracer.files.reader.SEGMENT_DECISIONS", 4 * len(LAYERS) * 2)
     trace = open_trace(path)
     # a cut falls wherever no block is open: around each prefill
     assert [s.forwards.forward_id.tolist() for s in trace.segments()] == [[0], [1, 2, 3], [4], [5, 6, 7]]
@@ -612,7 +612,7 @@ def test_one_large_part_is_cut_between_blocks(tmp_path, monkeypatch, layer_first
 
 @pytest.mark.parametrize("cache", [0, 1 << 20])
 def test_layers_are_read_from_several_threads(tmp_path, monkeypatch, cache):
-    monkeypatch.setattr("tracer.files.routing.CACHE_BYTES", cache)
+    monkeypatch.setattr("tracer.files.parts.CACHE_BYTES", cache)
     hand = Handmade()
     hand.write_options = {"row_group_size": 3}
     trace = open_trace(hand.write(tmp_path / "hand.trace"))

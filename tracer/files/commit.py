@@ -26,19 +26,9 @@ DELTA, PLAIN, RLE, SPLIT = "DELTA_BINARY_PACKED", "PLAIN", "RLE", "BYTE_STREAM_S
 # Encodings that pyarrow, polars and DuckDB all read. Token ids repeat from call to call, which zstd finds in plain pages;
 # strings go by dictionary, and a layer, which is one number a row group.
 ENCODINGS = {
-    "forward_id": DELTA,
-    "row": DELTA,
-    "position": DELTA,
-    "state": DELTA,
-    "num_tokens": DELTA,
-    "row_start": DELTA,
-    "request_id": DELTA,
-    "block": DELTA,
-    "step": DELTA,
-    "kv_tokens": DELTA,
-    "duration_ns": DELTA,
-    "accepted": RLE,
-    "edited": RLE,
+    **dict.fromkeys(("forward_id", "row", "position", "state", "num_tokens", "row_start"), DELTA),
+    **dict.fromkeys(("request_id", "block", "step", "kv_tokens", "duration_ns"), DELTA),
+    **dict.fromkeys(("accepted", "edited"), RLE),
     "confidence": SPLIT,
 }
 # What a writer adds when told to be compact: 0.14 bytes less an id with its weight, read by pyarrow alone.
@@ -84,6 +74,12 @@ def write_part(path: Path, table: str, name: str, groups: Iterator[pa.Table], co
     return temporary.stat().st_size
 
 
+def put_part(path: Path, table: str, name: str) -> None:
+    """Give a part that was written its own name."""
+    os.replace(temporary_path(path, table, name), path / table / name)
+    sync_folder(path / table)
+
+
 def commit_segment(path: Path, number: int, segment: OpenSegment, memory: SlotMemory, compact: bool) -> int:
     """Write a segment's parts so that it is there whole or not at all; returns their bytes."""
     tables, name = segment_tables(segment, memory), part_name(number)
@@ -91,8 +87,7 @@ def commit_segment(path: Path, number: int, segment: OpenSegment, memory: SlotMe
     try:
         written = sum(write_part(path, table, name, tables[table], compact) for table in order)
         for table in order:
-            os.replace(temporary_path(path, table, name), path / table / name)
-            sync_folder(path / table)
+            put_part(path, table, name)
     except BaseException:
         for table in order:
             temporary_path(path, table, name).unlink(missing_ok=True)
@@ -131,8 +126,7 @@ class Committer:
         # what comes after a failure would leave a gap
         if self._error is None:
             try:
-                written = commit_segment(self.path, self.next_part, segment, self._memory, self._compact)
-                self.bytes_written += written
+                self.bytes_written += commit_segment(self.path, self.next_part, segment, self._memory, self._compact)
                 self.next_part += 1
             except BaseException as error:
                 self._error = error
@@ -159,5 +153,5 @@ class Committer:
         if isinstance(self._error, UserError):
             raise UserError(f"{self.path}: recording stopped, {self._error}") from self._error
         if self._error is not None:
-            told = str(self._error).rstrip(".") or type(self._error).__name__
-            raise UserError(f"{self.path} cannot be written any more: {told}.") from self._error
+            why = str(self._error).rstrip(".") or type(self._error).__name__
+            raise UserError(f"{self.path} cannot be written any more: {why}.") from self._error

@@ -6,19 +6,17 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from tracer.errors import TraceError, UserError
-from tracer.files.commit import COMPACT, part_name, temporary_path, write_part
+from tracer.files.commit import COMPACT, part_name, put_part, write_part
 from tracer.files.forwards import StoredForwards, read_forwards, structure_faults
-from tracer.files.parts import open_part, part_names
+from tracer.files.parts import PartFile, part_names
 from tracer.meta import META_FILE, TEMPORARY_META, read_meta, sync_folder, under_way, write_meta
 from tracer.schema import TABLES
 from tracer.trace import TraceMeta
@@ -82,24 +80,19 @@ class Place:
         """Let the next writer in. What never took its place is removed, or with ``keep`` left under a name of its own."""
         if self.folder != self.path and self.folder.exists():
             if keep:
-                kept = _free_name(self.path)
-                os.rename(self.folder, kept)
-                self.folder = kept
+                self.folder = self.folder.rename(_free_name(self.path))
             else:
-                shutil.rmtree(self.folder)
-        self._unlock()
-
-    def give_up(self) -> None:
-        """Undo what taking the place did."""
-        if self.folder != self.path or self.made:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._unlock()
-
-    def _unlock(self) -> None:
+                shutil.rmtree(self.folder, ignore_errors=True)
         if self.lock.is_locked:
             # while it is held: who waits for the old file sees that it is gone and makes a new one
             Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
+
+    def give_up(self) -> None:
+        """Undo what taking the place did."""
+        if self.made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.release(keep=False)
 
 
 def _free_name(path: Path) -> Path:
@@ -157,7 +150,7 @@ def take_folder(path: Path, document: dict[str, Any], force: bool, append: bool,
         else:
             place.made = not path.exists()
             path.mkdir(exist_ok=True)
-            remove_left_overs(path, {table: frozenset() for table in TABLES})
+            _remove_left_overs(path, kept=())
         return place
     except BaseException:
         place.give_up()
@@ -185,17 +178,13 @@ def refuse_unless_trace(path: Path) -> None:
         raise UserError(f"{path} is left alone, it is not a trace: its {META_FILE} is another's.")
 
 
-def remove_left_overs(path: Path, kept: Mapping[str, frozenset[str]]) -> None:
-    """Delete the parts that are not ``kept`` and every temporary file, which only a stopped writer leaves."""
+def _remove_left_overs(path: Path, kept: tuple[str, ...]) -> None:
+    """Delete the parts of other names than ``kept`` and every temporary file, which only a stopped writer leaves."""
     # forwards first: a segment without its forwards part does not exist
     for table in sorted(TABLES, key=lambda table: table != "forwards"):
-        for name in reversed(part_names(path, table)):
-            if name not in kept.get(table, frozenset()):
-                (path / table / name).unlink()
-        folder = path / table
-        for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if entry.name.startswith(".") and entry.name.endswith(".parquet.tmp"):
-                entry.unlink()
+        left_over = [path / table / name for name in reversed(part_names(path, table)) if name not in kept]
+        for file in (*left_over, *(path / table).glob(".*.parquet.tmp")):
+            file.unlink()
     (path / TEMPORARY_META).unlink(missing_ok=True)
 
 
@@ -227,7 +216,7 @@ def last_state(path: Path, meta: TraceMeta) -> LastState:
     ended: set[int] = set()
     parts = 0
     for number, name in enumerate(request_parts(stored), 1):
-        rows = open_part(path, "requests", name, meta).arrays(["request_id"])["request_id"].tolist()
+        rows = PartFile(path, "requests", name, meta).arrays(["request_id"])["request_id"].tolist()
         ended.update(rows)
         parts = number if rows else parts
     of_ended = np.flatnonzero(np.isin(stored.columns["request_id"], list(ended)))
@@ -253,46 +242,34 @@ def _resume(place: Place) -> None:
             )
     state = last_state(path, meta)
     names = state.stored.names
-    if list(names) != [part_name(number) for number in range(len(names))]:
+    if names != tuple(map(part_name, range(len(names)))):
         raise UserError(f"{path} has parts of other names than this writer gives, so nothing can be appended to it.")
     place.document = under_way(meta.raw)
     # first of all: from here on the trace is under way again
     if meta.complete:
         write_meta(path, place.document)
-    _cut(path, meta, state)
-    place.part = state.parts
-    place.forward = int(state.stored.call_ids[state.calls - 1]) + 1 if state.calls else 0
-    place.held, place.ended = state.held, state.ended
+    last_call = int(state.stored.call_ids[state.calls - 1]) if state.calls else -1
+    _cut(path, meta, state, last_call)
+    place.part, place.forward, place.held, place.ended = state.parts, last_call + 1, state.held, state.ended
 
 
-def _cut(path: Path, meta: TraceMeta, state: LastState) -> None:
+def _cut(path: Path, meta: TraceMeta, state: LastState, last_call: int) -> None:
     """Remove left-overs, and the calls after those to keep.
 
     A part that holds both is written anew, ``forwards`` first and the last part first: whatever else is there beyond them is a
     left-over from then on, so the trace is whole at any moment. Left-overs of a writer killed here go too.
     """
-    stored, kept = state.stored, frozenset(state.stored.names[: state.parts])
-    remove_left_overs(path, {table: kept for table in TABLES})
-    end = int(stored.call_ids[state.calls - 1]) if state.calls else -1
+    names = state.stored.names[: state.parts]
+    _remove_left_overs(path, kept=names)
     # the parts before hold calls to keep alone and were never cut
-    first = max(0, int(np.searchsorted(stored.part_calls, state.calls, "left")) - 1)
-    for table in ("forwards", "tokens", "routing", "scores"):
-        for name in reversed(stored.names[first : state.parts]) if table in meta.tables else ():
-            part = open_part(path, table, name, meta)
-            forwards = [part.arrays(["forward_id"], group)["forward_id"] for group in range(len(part.groups) - 1)]
-            if all(len(own) == 0 or own.max() <= end for own in forwards):
-                continue
-            groups = [_up_to(part.read(part.schema.names, group), end) for group in range(len(part.groups) - 1)]
-            stored_as = part.metadata.row_group(0)
-            compact = any(
-                "BYTE_STREAM_SPLIT" in stored_as.column(n).encodings
-                for n, column in enumerate(part.schema.names)
-                if column in COMPACT
-            )
-            write_part(path, table, name, iter(groups), compact)
-            os.replace(temporary_path(path, table, name), path / table / name)
-            sync_folder(path / table)
-
-
-def _up_to(table: pa.Table, forward: int) -> pa.Table:
-    return table.filter(pc.less_equal(table["forward_id"].cast(pa.int64()), forward))
+    first = max(0, int(np.searchsorted(state.stored.part_calls, state.calls, "left")) - 1)
+    for table in sorted(set(meta.tables) - {"requests"}):
+        for name in reversed(names[first:]):
+            part = PartFile(path, table, name, meta)
+            groups = [
+                rows.filter(pc.less_equal(rows["forward_id"], last_call)) for _, rows in part.tables(part.schema.names)
+            ]
+            if sum(len(group) for group in groups) < part.num_rows:
+                encodings = {name: part.chunk(name, 0).encodings for name in part.present & COMPACT.keys()}
+                write_part(path, table, name, iter(groups), any("BYTE_STREAM_SPLIT" in e for e in encodings.values()))
+                put_part(path, table, name)

@@ -16,29 +16,29 @@ UNSEALED = "0" * 32
 MAGIC = b"PAR1"
 
 
-def _digest(footer: bytes, at: int) -> bytes:
-    """blake2b (16 bytes, hex) of a footer whose digest, at byte ``at``, counts as zeros."""
-    blank = footer[:at] + UNSEALED.encode() + footer[at + len(UNSEALED) :]
-    return hashlib.blake2b(blank, digest_size=16).hexdigest().encode()
+def _digest(footer: bytes) -> tuple[int, bytes] | None:
+    """Where the digest of a footer stands and what it must be, 16 bytes of blake2b in hex; None where there is no place for it.
 
-
-def _place(footer: bytes) -> int:
-    """Where the digest stands, -1 where there is none: after its key, the next field's header and its length."""
+    It stands after its key, the next field's header and its length, and counts as zeros itself.
+    """
     key = footer.rfind(FOOTER_KEY.encode())
     at = key + len(FOOTER_KEY) + 2
-    return at if key >= 0 and at + len(UNSEALED) <= len(footer) else -1
+    if key < 0 or at + len(UNSEALED) > len(footer):
+        return None
+    blank = footer[:at] + UNSEALED.encode() + footer[at + len(UNSEALED) :]
+    return at, hashlib.blake2b(blank, digest_size=16).hexdigest().encode()
 
 
 def seal_footer(path: Path) -> None:
     """Put the digest of a part's footer into the part, which was written with the pair (FOOTER_KEY, UNSEALED)."""
     with open(path, "r+b") as file:
-        size = file.seek(-8, os.SEEK_END) + 8
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(size - 8 - length)
-        footer = file.read(length)
-        at = _place(footer)
-        file.seek(size - 8 - length + at)
-        file.write(_digest(footer, at))
+        end = file.seek(-8, os.SEEK_END)
+        begin = end - int.from_bytes(file.read(4), "little")
+        file.seek(begin)
+        sealed = _digest(file.read(end - begin))
+        assert sealed is not None
+        file.seek(begin + sealed[0])
+        file.write(sealed[1])
         file.flush()
         os.fsync(file.fileno())
 
@@ -57,9 +57,7 @@ def footer_is_sealed(source: Any) -> bool:
     if tail[4:] != MAGIC or length > size - 12:
         return False
     footer = bytes(source.read_at(length, size - 8 - length))
-    at = _place(footer)
-    if at < 0:
-        return False
-    if _digest(footer, at) != footer[at : at + len(UNSEALED)]:
+    sealed = _digest(footer)
+    if sealed is not None and footer[sealed[0] : sealed[0] + len(UNSEALED)] != sealed[1]:
         raise ValueError("its footer is not what was written")
-    return True
+    return sealed is not None

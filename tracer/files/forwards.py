@@ -6,31 +6,43 @@ Shapes: P = parts, N = rows of the table, F = model calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tracer.errors import TraceError
-from tracer.files.columns import kind_codes, numbers
-from tracer.files.parts import open_part, part_names
-from tracer.schema import DENOISE, KINDS, TABLES, Column
+from tracer.files.columns import number_type
+from tracer.files.parts import PartFile, check_part_count, part_names
+from tracer.schema import DENOISE, KINDS, TABLES
 from tracer.trace import ForwardTable, TraceMeta
 
-
-def _held(column: Column) -> type[np.generic]:
-    """dtype in :class:`tracer.trace.ForwardTable`: codes of kinds, room for -1 where a value may be null, counts to add up."""
-    if column.name == "kind":
-        return np.uint8
-    if column.type == "uint8":
-        return np.int16 if column.optional else np.uint8
-    if column.optional or (column.type == "uint32" and not column.name.endswith("_id")):
-        return np.int64
-    return np.dtype(column.type).type
+# dtypes in :class:`tracer.trace.ForwardTable`: as they are read, kinds as codes, and numbers that are added up wider
+DTYPES = {c.name: np.dtype(np.uint8) if c.name == "kind" else number_type(c) for c in TABLES["forwards"]}
+DTYPES |= dict.fromkeys(("row_start", "num_tokens", "num_edited"), np.dtype(np.int64))
 
 
-DTYPES = {column.name: _held(column) for column in TABLES["forwards"]}
+def _branches(c: Mapping[str, Any]) -> Any:
+    return c["branches"] + (c["branches"] < 1)
+
+
+# What is wrong with rows of the table, one or whole columns of them, and the words for it. Null is -1, a kind its code.
+ROW_RULES: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
+    (lambda c: c["block"] < -1, "block {block} must be -1 or more"),
+    (lambda c: c["step"] < -1, "step {step} must be -1 or more"),
+    (
+        lambda c: (c["kind"] != DENOISE) & (c["step"] != -1),
+        "step is {step} and must be -1 outside denoise forwards",
+    ),
+    (lambda c: c["branches"] < 1, "branches must be at least 1"),
+    (lambda c: c["num_tokens"] % _branches(c) != 0, "num_tokens {num_tokens} does not divide into {branches} branches"),
+    (lambda c: c["chosen_branch"] >= _branches(c), "chosen_branch {chosen_branch} is not below branches ({branches})"),
+    (lambda c: c["num_masked"] > c["num_tokens"], "num_masked {num_masked} exceeds num_tokens ({num_tokens})"),
+)
+WRONG_STEP = "step is {step} and must be {expected}, it counts up from 0 in block {block} of request {request_id}"
+WRONG_START = "row_start is {row_start} and must be {expected}, where the request before it ends"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +64,7 @@ class StoredForwards:
 
     @property
     def num_parts(self) -> int:
-        return len(self.part_rows) - 1
+        return len(self.names)
 
     @property
     def num_calls(self) -> int:
@@ -75,6 +87,13 @@ class StoredForwards:
         name = self.names[part].removesuffix(".parquet")
         return f"{self.path}: forwards {name} row {row - self.part_rows[part]} (forward {forward})"
 
+    def faults(self, wrong: np.ndarray, words: str, **more: np.ndarray) -> Iterator[str]:
+        """One fault, of the first row where ``wrong`` [N] holds; ``words`` may name columns and what is given ``more``."""
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            values = {name: column[row] for name, column in (self.columns | more).items()}
+            yield f"{self.name(row)}: {words.format(**values)}."
+
     def table(self, first: int, last: int) -> ForwardTable:
         """Calls ``first`` to ``last - 1`` as a ForwardTable."""
         parts = slice(self.call_parts[first], self.call_parts[last])
@@ -90,52 +109,28 @@ class StoredForwards:
 def read_forwards(path: Path, meta: TraceMeta) -> StoredForwards:
     """Read every ``forwards`` part. Types and nulls are checked; requirements by the two functions below.
 
-    Raises
-    ------
-    TraceError
-        Naming part and row; also when the trace has another number of segments than its meta.json counts.
+    A TraceError names part and row; also when the trace has another number of segments than its meta.json counts.
     """
-    pieces: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in DTYPES.items()}
-    part_rows, names = [0], part_names(path, "forwards")
-    if meta.complete and meta.segments is not None:
-        for table in meta.tables:
-            found = len(part_names(path, table))
-            if found != meta.segments:
-                raise TraceError(f"{path}: {table} has {found} parts where meta.json counts {meta.segments} segments.")
-    for table in meta.tables if meta.complete and meta.segments != 0 else ():
-        if not part_names(path, table):
-            raise TraceError(f"{path}: {table} has no parts.")
-    for file in names:
-        part = open_part(path, "forwards", file, meta)
-        table = part.read([name for name in DTYPES if name in part.present])
-        for name, dtype in DTYPES.items():
-            kind = name == "kind"
-            values = kind_codes(part, table.column(name), name, KINDS) if kind else numbers(part, name, table)
-            pieces[name].append(values.astype(dtype, copy=False))
-        part_rows.append(part_rows[-1] + part.num_rows)
-    joined = {name: np.concatenate(arrays) for name, arrays in pieces.items()}
-    forward = joined["forward_id"]
-    rows = len(forward)
-    begins = np.flatnonzero(np.concatenate(([True], forward[1:] != forward[:-1]))) if rows else np.empty(0, np.int64)
-    call_parts = np.append(begins, rows).astype(np.int64)
-    ends = np.concatenate(([0], np.cumsum(joined["num_tokens"])))
+    check_part_count(path, meta)
+    names = part_names(path, "forwards")
+    pieces = [PartFile(path, "forwards", name, meta).arrays(list(DTYPES)) for name in names]
+    columns = {
+        name: np.concatenate([np.empty(0, dtype), *(piece[name] for piece in pieces)], dtype=dtype)
+        for name, dtype in DTYPES.items()
+    }
+    forward = columns["forward_id"]
+    call_parts = np.append(np.flatnonzero(np.diff(forward, prepend=-1) != 0), len(forward))
+    part_rows = np.cumsum([0, *(len(piece["forward_id"]) for piece in pieces)])
     return StoredForwards(
         path=path,
         meta=meta,
         names=tuple(names),
-        columns=joined,
-        part_rows=np.array(part_rows, np.int64),
+        columns=columns,
+        part_rows=part_rows,
         call_parts=call_parts,
-        part_calls=np.searchsorted(call_parts, np.array(part_rows)).astype(np.int64),
-        row_offsets=ends[call_parts].astype(np.int64),
+        part_calls=np.searchsorted(call_parts, part_rows),
+        row_offsets=np.concatenate(([0], np.cumsum(columns["num_tokens"])))[call_parts],
     )
-
-
-def _faults(stored: StoredForwards, wrong: np.ndarray, message: Callable[[int], str]) -> Iterator[str]:
-    """One fault, of the first row where ``wrong`` [N] holds."""
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        yield f"{stored.name(row)}: {message(row)}."
 
 
 def structure_faults(stored: StoredForwards) -> Iterator[str]:
@@ -145,80 +140,40 @@ def structure_faults(stored: StoredForwards) -> Iterator[str]:
     """
     c = stored.columns
     forward = c["forward_id"].astype(np.int64)
-    rows = len(forward)
-    if rows == 0:
+    if not len(forward):
         return
     previous = np.concatenate(([-1], forward[:-1]))
-    decreasing = forward < previous
-    yield from _faults(
-        stored, decreasing, lambda i: f"forward_id {forward[i]} follows {previous[i]}, it must never decrease"
-    )
-    yield from _faults(stored, c["num_tokens"] < 1, lambda i: "num_tokens must be at least 1")
-    ends = np.cumsum(c["num_tokens"])
+    words = "forward_id {forward_id} follows {previous}, it must never decrease"
+    yield from stored.faults(forward < previous, words, previous=previous)
+    yield from stored.faults(c["num_tokens"] < 1, "num_tokens must be at least 1")
+    begins = np.cumsum(c["num_tokens"]) - c["num_tokens"]
     call = np.repeat(np.arange(stored.num_calls), np.diff(stored.call_parts))
-    expected = ends - c["num_tokens"] - (ends - c["num_tokens"])[stored.call_parts[:-1]][call]
-    yield from _faults(
-        stored,
-        c["row_start"] != expected,
-        lambda i: f"row_start is {c['row_start'][i]} and must be {expected[i]}, where the request before it ends",
-    )
-    first_kind = stored.call_kinds[call]
-    yield from _faults(
-        stored,
-        c["kind"] != first_kind,
-        lambda i: (
-            f"kind {KINDS[c['kind'][i]]} stands in a {KINDS[first_kind[i]]} call, all requests of a call share one"
-        ),
+    expected = begins - begins[stored.call_parts[:-1]][call]
+    yield from stored.faults(c["row_start"] != expected, WRONG_START, expected=expected)
+    yield from stored.faults(
+        c["kind"] != stored.call_kinds[call],
+        "kind {own} stands in a {first} call, all requests of a call share one",
+        own=np.array(KINDS)[c["kind"]],
+        first=np.array(KINDS)[stored.call_kinds[call]],
     )
     order = np.lexsort((c["request_id"], call))
-    twice = np.zeros(rows, bool)
+    twice = np.zeros(len(forward), bool)
     twice[order[1:]] = (np.diff(call[order]) == 0) & (np.diff(c["request_id"][order].astype(np.int64)) == 0)
-    yield from _faults(stored, twice, lambda i: f"request {c['request_id'][i]} stands twice in one call")
+    yield from stored.faults(twice, "request {request_id} stands twice in one call")
 
 
 def rule_faults(stored: StoredForwards) -> Iterator[str]:
     """Faults of single values: block, step, branches. ``step`` counts up from 0 over a block's denoise forwards."""
     c = stored.columns
-    yield from _faults(stored, c["block"] < -1, lambda i: f"block {c['block'][i]} must be -1 or more")
-    yield from _faults(stored, c["step"] < -1, lambda i: f"step {c['step'][i]} must be -1 or more")
-    denoise = c["kind"] == DENOISE
-    stray = ~denoise & (c["step"] != -1)
-    yield from _faults(stored, stray, lambda i: f"step is {c['step'][i]} and must be -1 outside denoise forwards")
-    counted = np.flatnonzero(denoise & (c["block"] >= 0))
+    for wrong, words in ROW_RULES:
+        yield from stored.faults(wrong(c), words)
+    counted = np.flatnonzero((c["kind"] == DENOISE) & (c["block"] >= 0))
     order = counted[np.lexsort((counted, c["block"][counted], c["request_id"][counted]))]
-    if len(order):
-        request, block = c["request_id"][order], c["block"][order]
-        new = np.concatenate(([True], (request[1:] != request[:-1]) | (block[1:] != block[:-1])))
-        group = np.cumsum(new) - 1
-        expected = np.full(len(denoise), -1)
-        expected[order] = np.arange(len(order)) - np.flatnonzero(new)[group]
-        wrong = np.zeros(len(denoise), bool)
-        wrong[order] = c["step"][order] != expected[order]
-        yield from _faults(
-            stored,
-            wrong,
-            lambda i: (
-                f"step is {c['step'][i]} and must be {expected[i]}, it counts up from 0 in block {c['block'][i]} of "
-                f"request {c['request_id'][i]}"
-            ),
-        )
-    branches = np.maximum(c["branches"], 1)
-    yield from _faults(stored, c["branches"] < 1, lambda i: "branches must be at least 1")
-    yield from _faults(
-        stored,
-        c["num_tokens"] % branches != 0,
-        lambda i: f"num_tokens {c['num_tokens'][i]} does not divide into {c['branches'][i]} branches",
-    )
-    yield from _faults(
-        stored,
-        c["chosen_branch"] >= branches,
-        lambda i: f"chosen_branch {c['chosen_branch'][i]} is not below branches ({c['branches'][i]})",
-    )
-    yield from _faults(
-        stored,
-        c["num_masked"] > c["num_tokens"],
-        lambda i: f"num_masked {c['num_masked'][i]} exceeds num_tokens ({c['num_tokens'][i]})",
-    )
+    request, block = c["request_id"][order].astype(np.int64), c["block"][order]
+    new = np.flatnonzero((np.diff(request, prepend=-1) != 0) | (np.diff(block, prepend=-1) != 0))
+    expected = c["step"].copy()
+    expected[order] = np.arange(len(order)) - np.repeat(new, np.diff(new, append=len(order)))
+    yield from stored.faults(c["step"] != expected, WRONG_STEP, expected=expected)
 
 
 def checked_forwards(path: Path, meta: TraceMeta) -> StoredForwards:
@@ -239,21 +194,19 @@ def segment_bounds(stored: StoredForwards, max_rows: int) -> np.ndarray:
     calls = stored.num_calls
     if calls == 0:
         return np.zeros(1, np.int64)
-    blocked = np.zeros(calls + 2, np.int64)
-    call = np.repeat(np.arange(calls), np.diff(stored.call_parts))
     in_block = stored.columns["block"] >= 0
-    request = stored.columns["request_id"][in_block].astype(np.int64)
-    pair = (request << 32) | stored.columns["block"][in_block]
-    own_call = call[in_block]
-    _, first = np.unique(pair, return_index=True)
-    _, last = np.unique(pair[::-1], return_index=True)
-    np.add.at(blocked, own_call[first] + 1, 1)
-    np.add.at(blocked, own_call[::-1][last] + 1, -1)
-    allowed = np.cumsum(blocked[: calls + 1]) == 0
-    coarse = np.unique(np.concatenate((stored.part_calls[allowed[stored.part_calls]], [0, calls])))
+    call = np.repeat(np.arange(calls), np.diff(stored.call_parts))[in_block]
+    pair = (stored.columns["request_id"][in_block].astype(np.int64) << 32) | stored.columns["block"][in_block]
+    _, first, number = np.unique(pair, return_index=True, return_inverse=True)
+    last = np.zeros(len(first), np.int64)
+    np.maximum.at(last, number, call)
+    open_blocks = np.cumsum(
+        np.bincount(call[first] + 1, minlength=calls + 2) - np.bincount(last + 1, minlength=calls + 2)
+    )
+    allowed = open_blocks[: calls + 1] == 0
     places = np.flatnonzero(allowed)
     cuts = [0]
-    for end in coarse[1:]:
+    for end in np.unique([*stored.part_calls[allowed[stored.part_calls]], 0, calls])[1:]:
         while stored.row_offsets[end] - stored.row_offsets[cuts[-1]] > max_rows:
             inside = places[(places > cuts[-1]) & (places < end)]
             if len(inside) == 0:

@@ -10,31 +10,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tracer.errors import UserError
 from tracer.faults import sentences
-from tracer.schema import KINDS, STOP_REASONS, TABLES
+from tracer.files.columns import CHOICES
+from tracer.files.forwards import ROW_RULES, WRONG_START, WRONG_STEP
+from tracer.schema import DENOISE, KINDS, TABLES
 from tracer.trace import TraceMeta
 
 # smallest and largest value, where the type does not say it
 LOWEST, HIGHEST = {"num_tokens": 1, "branches": 1, "block": -1, "step": -1, "first_block": -1}, {"chosen_branch": 254}
 DEFAULTS: dict[str, Any] = {"num_edited": 0, "branches": 1, "chosen_branch": None, "duration_ns": None}
-CHOICES = {"kind": KINDS, "stop_reason": STOP_REASONS}
 
 
 def _row_model(table: str) -> type[BaseModel]:
     """A row of a table as the writer is given it, without forward_id."""
     fields: dict[str, Any] = {}
     for column in TABLES[table]:
-        if column.name == "forward_id":
-            continue
-        kind: Any = str
-        if column.type != "string":
-            low, high = LOWEST.get(column.name, 0), HIGHEST.get(column.name, int(np.iinfo(column.type).max))
-            kind = Annotated[int, Field(ge=low, le=high, description=f"a whole number from {low} to {high}")]
-        elif column.name in CHOICES:
-            kind = Literal[CHOICES[column.name]]
-        allowed = CHOICES.get(column.name)
-        told: dict[str, Any] = {"description": f"one of {', '.join(allowed)}"} if allowed else {}
-        default = DEFAULTS.get(column.name, ... if table == "forwards" or not column.optional else None)
-        fields[column.name] = (kind | None if column.optional else kind, Field(default, **told))
+        name, kind, what = column.name, Any, None
+        if name in CHOICES:
+            kind, what = Literal[CHOICES[name]], f"one of {', '.join(CHOICES[name])}"  # type: ignore[assignment]
+        elif column.type != "string":
+            low, high = LOWEST.get(name, 0), HIGHEST.get(name, int(np.iinfo(column.type).max))
+            kind, what = Annotated[int, Field(ge=low, le=high)], f"a whole number from {low} to {high}"  # type: ignore[assignment]
+        default = DEFAULTS.get(name, ... if table == "forwards" or not column.optional else None)
+        fields[name] = (kind | None if column.optional else kind, Field(default, description=what))
+    fields.pop("forward_id", None)
     return create_model(table, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
 
 
@@ -121,27 +119,18 @@ class CallRules:
 
     def _part(self, name: str, given: Mapping[str, Any], rows: int) -> dict[str, Any]:
         part = checked_row(name, "forwards", given)
-        request, tokens, branches = part["request_id"], part["num_tokens"], part["branches"]
-        if part["row_start"] != rows:
-            raise UserError(
-                f"{name}: row_start is {part['row_start']} and must be {rows}, where the request before it ends."
-            )
-        if tokens % branches:
-            raise UserError(f"{name}: num_tokens {tokens} does not divide into {branches} branches.")
-        if part["chosen_branch"] is not None and part["chosen_branch"] >= branches:
-            raise UserError(f"{name}: chosen_branch {part['chosen_branch']} is not below branches ({branches}).")
-        if (part["num_masked"] or 0) > tokens:
-            raise UserError(f"{name}: num_masked {part['num_masked']} exceeds num_tokens ({tokens}).")
+        request, block = part["request_id"], part["block"]
         if request in self._closed:
             raise UserError(f"{name}: request {request} has ended, a new one needs a request_id of its own.")
-        if part["kind"] != "denoise":
-            if part["step"] != -1:
-                raise UserError(f"{name}: step must be -1 outside denoise calls, not {part['step']}.")
-        elif part["block"] >= 0:
-            expected = self._steps.get(request, {}).get(part["block"], 0)
-            if part["step"] != expected:
-                where = f"block {part['block']} of request {request}"
-                raise UserError(
-                    f"{name}: step is {part['step']} and must be {expected}, it counts up from 0 in {where}."
-                )
+        known = {key: -1 if value is None else value for key, value in part.items()} | {
+            "kind": KINDS.index(part["kind"])
+        }
+        step = self._steps.get(request, {}).get(block, 0) if known["kind"] == DENOISE and block >= 0 else part["step"]
+        for wrong, words in (
+            (part["row_start"] != rows, WRONG_START.replace("{expected}", str(rows))),
+            *((rule(known), words) for rule, words in ROW_RULES),
+            (part["step"] != step, WRONG_STEP.replace("{expected}", str(step))),
+        ):
+            if wrong:
+                raise UserError(f"{name}: {words.format(**part)}.")
         return part

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from tracer.errors import TraceError, UserError
-from tracer.files.columns import arrow_schema, fixed
-from tracer.files.commit import part_name, temporary_path, write_part
+from tracer.files.columns import arrow_schema, fixed_array
+from tracer.files.commit import part_name, put_part, write_part
 from tracer.files.folder import take_folder
-from tracer.files.parts import open_part, part_names
+from tracer.files.parts import PartFile, check_part_count, part_names
 from tracer.meta import as_document, parse_meta, write_meta
 from tracer.schema import SCHEMA_VERSION
 from tracer.trace import TraceMeta
@@ -29,42 +29,36 @@ def read_loads(path: Path, meta: TraceMeta) -> tuple[np.ndarray, np.ndarray]:
     """
     if "loads" not in meta.tables:
         raise TraceError(f"{path} has no loads table: it holds calls, whose loads follow from them.")
-    layers = np.array(meta.model.moe_layers)
-    steps, found = [], []
-    names = part_names(path, "loads")
-    if meta.complete and meta.segments not in (None, len(names)):
-        raise TraceError(f"{path}: loads has {len(names)} parts where meta.json counts {meta.segments} segments.")
-    if meta.complete and meta.segments != 0 and not names:
-        raise TraceError(f"{path}: loads has no parts.")
-    row, begins = 0, []
-    for name in names:
-        part = open_part(path, "loads", name, meta)
-        begins.append((row, part))
-        for group in range(len(part.groups) - 1):
-            table, first = part.read(["step", "layer", "counts"], group), int(part.groups[group])
-            keys = part.arrays(["step", "layer"], group)
-            wanted = layers[(row + np.arange(table.num_rows)) % len(layers)]
-            if not np.array_equal(keys["layer"], wanted):
-                at = int(np.argmax(keys["layer"] != wanted))
-                raise part.fault(first + at, f"layer is {keys['layer'][at]} and must be {wanted[at]}.")
-            counts, nulls = fixed(part, "counts", table, first)
-            if nulls is not None:
-                raise part.fault(first + int(np.argmax(nulls)), "counts is null.")
-            steps.append(keys["step"])
-            found.append(counts.view(np.uint32))
-            row += table.num_rows
-    shape = (-1, len(layers))
-    if row % len(layers):
-        raise TraceError(f"{path}: loads has {row} rows, which is no whole number of steps of {len(layers)} layers.")
-    step = np.concatenate(steps).reshape(shape) if steps else np.zeros((0, len(layers)), np.uint32)
-    wrong = step != step[:, :1]
-    wrong[1:, 0] |= step[1:, 0] <= step[:-1, 0]
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        first, part = next(begin for begin in reversed(begins) if begin[0] <= at)
-        raise part.fault(at - first, f"step is {step.flat[at]}: steps must ascend, one for all layers.")
-    counted = np.concatenate(found) if found else np.zeros((0, meta.model.num_experts), np.uint32)
-    return step[:, 0], counted.reshape(*shape, meta.model.num_experts)
+    check_part_count(path, meta)
+    layers, experts = np.array(meta.model.moe_layers), meta.model.num_experts
+    parts = [PartFile(path, "loads", name, meta) for name in part_names(path, "loads")]
+    steps, counts = [np.empty(0, np.uint32)], [np.empty((0, experts), np.uint32)]
+    last, rows = np.array([-1]), 0
+    for part in parts:
+        columns = part.arrays(["step", "layer", "counts"])
+        # a row's place among the layers of its step
+        place = (rows + np.arange(part.num_rows)) % len(layers)
+        step: np.ndarray = columns["step"].astype(np.int64)
+        values, nulls = columns["counts"]
+        before = np.concatenate((last, step))[:-1]
+        for wrong, words in (
+            (columns["layer"] != layers[place], "layer is {layer} and must be {wanted}."),
+            (nulls if nulls is not None else place < 0, "counts is null."),
+            (
+                np.where(place == 0, step <= before, step != before),
+                "step is {step}: steps must ascend, one for all layers.",
+            ),
+        ):
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                words = words.format(layer=columns["layer"][at], wanted=layers[place[at]], step=step[at])
+                raise part.fault(at, words)
+        steps.append(columns["step"][place == 0])
+        counts.append(values.view(np.uint32))
+        rows, last = rows + part.num_rows, np.concatenate((last, step))[-1:]
+    if rows % len(layers):
+        raise TraceError(f"{path}: loads has {rows} rows, which is no whole number of steps of {len(layers)} layers.")
+    return np.concatenate(steps), np.concatenate(counts).reshape(-1, len(layers), experts)
 
 
 def write_loads(path: str | Path, meta: Mapping[str, Any], counts: np.ndarray, *, force: bool = False) -> None:
@@ -96,17 +90,16 @@ def write_loads(path: str | Path, meta: Mapping[str, Any], counts: np.ndarray, *
         )
     place = take_folder(Path(path), document, force, False, True)
     try:
-        (place.folder / "loads").mkdir()
         schema = arrow_schema("loads", model.num_experts, model.top_k)
         flat = np.ascontiguousarray(counts, np.uint32)
-        rows = len(counts) * len(model.moe_layers)
         columns = [
-            pa.array(np.repeat(np.arange(len(counts), dtype=np.uint32), len(model.moe_layers))),
-            pa.array(np.tile(np.array(model.moe_layers, np.uint16), len(counts))),
-            pa.FixedSizeBinaryArray.from_buffers(schema.field("counts").type, rows, [None, pa.py_buffer(flat)]),
+            pa.array(np.repeat(np.arange(shape[0], dtype=np.uint32), shape[1])),
+            pa.array(np.tile(np.array(model.moe_layers, np.uint16), shape[0])),
+            fixed_array(flat.reshape(-1, shape[2]), schema.field("counts").type),
         ]
+        (place.folder / "loads").mkdir()
         write_part(place.folder, "loads", part_name(0), iter([pa.Table.from_arrays(columns, schema=schema)]))
-        temporary_path(place.folder, "loads", part_name(0)).rename(place.folder / "loads" / part_name(0))
+        put_part(place.folder, "loads", part_name(0))
         write_meta(place.folder, {**document, "complete": True, "segments": 1})
         place.finish()
     finally:

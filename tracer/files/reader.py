@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import RLock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tracer.errors import TraceError, UserError
 from tracer.files.folder import earlier_trace
-from tracer.files.forwards import StoredForwards, segment_bounds
+from tracer.files.forwards import StoredForwards, checked_forwards, segment_bounds
+from tracer.files.layers import read_layer
 from tracer.files.parts import PartFile, part_names
-from tracer.files.segments import StoredTables, segment_rows
+from tracer.files.rows import NO_LAYER, Rows, RowTable
+from tracer.files.tokens import TOKEN_COLUMNS, token_faults, token_table
 from tracer.meta import read_meta
-from tracer.schema import TABLES
-from tracer.trace import Segment, TraceMeta
+from tracer.schema import PADDING, TABLES
+from tracer.trace import LayerTrace, Segment, TokenTable, TraceMeta
 
 if TYPE_CHECKING:
     import polars as pl
@@ -26,10 +29,26 @@ UNKNOWN = {
     "num_accepted": "how many tokens each call gained: no figure counts tokens",
 }
 REQUIREMENTS = ("weights", "active", "scores", "confidence", "branches", "tokens")
+# decisions (row x layer x slot) and bytes of scores a segment holds at most where blocks allow a cut
+SEGMENT_DECISIONS = 1 << 26
+SEGMENT_SCORE_BYTES = 1 << 28
+# parts kept open: those of all tables of a segment and its neighbours
+OPEN_PARTS = 24
+
+
+def segment_rows(meta: TraceMeta) -> int:
+    """Token rows a segment may hold, so that a replay of it stays well under 1 GiB."""
+    layers = len(meta.model.moe_layers)
+    rows = SEGMENT_DECISIONS // (layers * meta.model.top_k)
+    if meta.capture_level != "ids":
+        rows = min(rows, SEGMENT_SCORE_BYTES // (4 * layers * meta.model.num_experts))
+    return max(1, rows)
 
 
 class Trace:
     """A stored trace. Opening reads ``meta.json`` alone; everything else is read, and checked, when asked for.
+
+    Safe to use from several threads.
 
     Attributes
     ----------
@@ -40,19 +59,21 @@ class Trace:
     def __init__(self, path: Path, meta: TraceMeta) -> None:
         self.path = path
         self.meta = meta
-        self._tables = StoredTables(path, meta)
+        self.part = lru_cache(maxsize=OPEN_PARTS)(lambda table, name: PartFile(path, table, name, meta))
+        self._rows: dict[str, RowTable] = {}
+        self._lock = RLock()
 
     def __repr__(self) -> str:
         return f"Trace({str(self.path)!r})"
 
-    @property
+    @cached_property
     def forwards(self) -> StoredForwards:
         """The checked ``forwards`` table, whole; a TraceError with its first fault, or where the trace holds counts only."""
         if "forwards" not in self.meta.tables:
             raise UserError(
                 f"{self.path} holds counts only (table loads), no model calls; this needs a recording of calls."
             )
-        return self._tables.forwards
+        return checked_forwards(self.path, self.meta)
 
     @cached_property
     def requests(self) -> pl.DataFrame:
@@ -74,10 +95,7 @@ class Trace:
     def loads(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps uint32 [S] and tokens of each expert uint32 [S, L, E] of a trace that holds counts only.
 
-        Raises
-        ------
-        TraceError
-            With the first fault; also where the trace holds calls.
+        A TraceError with the first fault; also where the trace holds calls.
         """
         from tracer.files.loads import read_loads
 
@@ -87,11 +105,8 @@ class Trace:
     def notes(self) -> list[str]:
         """Sentences that every figure needs: that the trace was not finished, what padding is left out, what is unknown.
 
-        Raises
-        ------
-        TraceError
-            With the first fault of the tables requests, forwards and tokens: no figure is made from a trace that has one.
-            Routing is held against the format as it is read.
+        A TraceError with the first fault of the tables requests, forwards and tokens: no figure is made from a trace that has
+        one. Routing is held against the format as it is read.
         """
         from tracer.checking import first_fault
         from tracer.padding import padding_note
@@ -99,9 +114,9 @@ class Trace:
         fault = first_fault(self)
         if fault:
             raise TraceError(fault)
-        unknown = [name for name in ("kv_tokens", "num_accepted") if (self.forwards.columns[name] < 0).any()]
-        told = [f"This trace does not say {UNKNOWN[name]}." for name in unknown]
-        return [note for note in (self.unfinished, padding_note(self), *told) if note]
+        unknown = [what for name, what in UNKNOWN.items() if (self.forwards.columns[name] < 0).any()]
+        sentences = [self.unfinished, padding_note(self), *(f"This trace does not say {what}." for what in unknown)]
+        return [sentence for sentence in sentences if sentence]
 
     @property
     def unfinished(self) -> str | None:
@@ -126,8 +141,8 @@ class Trace:
     def num_decisions(self) -> int:
         """Ids recorded: the real ones of all rows, over all calls and layers; padding, which counts for nothing, left out."""
         if not self.padding_rows and not any("count" in part.present for part in self.parts("routing")):
-            offsets = self._tables.layers("routing").offsets
-            return self.meta.model.top_k * sum(int(own[-1]) for own in offsets.values())
+            offsets = self.rows("routing").offsets
+            return self.meta.model.top_k * sum(int(rows[-1]) for rows in offsets.values())
         return sum(
             int(segment.layer(layer, with_weights=False).count.sum(dtype=np.int64))
             for segment in self.segments()
@@ -137,33 +152,68 @@ class Trace:
     @cached_property
     def padding_rows(self) -> int:
         """Token rows that are padding, which no figure counts."""
-        found = (segment.padding for segment in self.segments())
-        return sum(int(padding.sum()) for padding in found if padding is not None)
+        return sum(int(segment.padding.sum()) for segment in self.segments() if segment.padding is not None)
 
     @cached_property
-    def _bounds(self) -> np.ndarray:
-        return segment_bounds(self.forwards, segment_rows(self.meta))
+    def bounds(self) -> list[int]:
+        """The calls at which segments begin, and the number of calls."""
+        return segment_bounds(self.forwards, segment_rows(self.meta)).tolist()
 
     @property
     def num_segments(self) -> int:
         """How many segments :meth:`segments` yields."""
-        return len(self._bounds) - 1
+        return len(self.bounds) - 1
 
     def segments(self) -> Iterator[Segment]:
         """The trace from its beginning in segments, none of which splits a block of a request.
 
-        Raises
-        ------
-        TraceError
-            With the first fault met, here or when a layer of a segment is read.
+        A TraceError with the first fault met, here or when a layer of a segment is read.
         """
-        for first, last in zip(self._bounds[:-1], self._bounds[1:], strict=True):
-            yield self._tables.segment(int(first), int(last))
+        for first, last in zip(self.bounds[:-1], self.bounds[1:], strict=True):
+            yield self._segment(first, last)
+
+    def _segment(self, first: int, last: int) -> Segment:
+        has_tokens = "tokens" in self.meta.tables
+        return StoredSegment(
+            forwards=self.forwards.table(first, last),
+            layers=self.meta.model.moe_layers,
+            load=lambda layer, scores, weights: self.layer(layer, first, last, scores, weights),
+            following=lambda: self._segment(last, last + 1) if last < self.forwards.num_calls else None,
+            read_tokens=lambda: self._tokens(first, last) if has_tokens else None,
+            read_padding=lambda: self._padding(first, last) if has_tokens else None,
+        )
+
+    def rows(self, table: str) -> RowTable:
+        """Table ``tokens``, ``routing`` or ``scores``; a TraceError when it has not the rows that ``forwards`` counts."""
+        with self._lock:
+            if table not in self._rows:
+                self._rows[table] = RowTable(table, self.forwards, self.part)
+            return self._rows[table]
+
+    def token_rows(self, first: int, last: int, names: list[str] = TOKEN_COLUMNS) -> tuple[Rows, dict[str, np.ndarray]]:
+        """Token rows of calls ``first`` to ``last - 1`` and their columns, [T] each; keys are checked, values are not."""
+        rows = self.rows("tokens").read(NO_LAYER, first, last, names)
+        return rows, {name: rows.numbers(name) for name in names}
+
+    def _tokens(self, first: int, last: int) -> TokenTable:
+        rows, columns = self.token_rows(first, last)
+        for fault in token_faults(rows, columns):
+            raise TraceError(fault)
+        return token_table(columns)
+
+    def _padding(self, first: int, last: int) -> np.ndarray | None:
+        padding = self.token_rows(first, last, ["state"])[1]["state"] == PADDING
+        return padding if padding.any() else None
+
+    def layer(self, layer: int, first: int, last: int, with_scores: bool, with_weights: bool) -> LayerTrace:
+        """One layer of calls ``first`` to ``last - 1``, padding too; a TraceError with the first fault."""
+        active = partial(self.rows, "scores")
+        return read_layer(self.rows("routing"), active, layer, (first, last), with_weights, with_scores)
 
     def parts(self, table: str) -> Iterator[PartFile]:
         """The parts of a table, opened one by one."""
         for name in part_names(self.path, table):
-            yield self._tables.part(table, name)
+            yield self.part(table, name)
 
     def bytes_on_disk(self) -> dict[str, int]:
         """Bytes of the parts of each table."""
@@ -207,24 +257,19 @@ class Trace:
         """
         if requirement not in REQUIREMENTS:
             raise UserError(f"there is no requirement {requirement!r}: choose one of {', '.join(REQUIREMENTS)}.")
-        if requirement == "scores":
-            return self.meta.capture_level == "scores"
-        if requirement == "active":
-            return self.meta.capture_level in ("active", "scores")
         if requirement == "tokens":
-            return "tokens" in self.meta.tables
+            return requirement in self.meta.tables
+        if requirement in ("scores", "active"):
+            return self.meta.capture_level in ("scores", requirement)
         return bool(getattr(self, f"_has_{requirement}"))
 
     @cached_property
     def _has_weights(self) -> bool:
-        for part in self.parts("routing"):
-            if "gate_weights" not in part.present:
-                return False
-            if part.schema.field("gate_weights").nullable:
-                groups = range(len(part.groups) - 1)
-                if any(part.read(["gate_weights"], group).column(0).null_count for group in groups):
-                    return False
-        return True
+        return all(
+            "gate_weights" in part.present
+            and not (part.schema.field("gate_weights").nullable and part.null_count("gate_weights"))
+            for part in self.parts("routing")
+        )
 
     @cached_property
     def _has_confidence(self) -> bool:
@@ -237,22 +282,38 @@ class Trace:
         return bool((self.forwards.columns["branches"] > 1).any())
 
 
+class StoredSegment(Segment):
+    """A Segment whose tokens are read, and checked, when first asked for; padding is known without them."""
+
+    _given: dict[str, Callable[[], Any]]
+
+    def __init__(self, read_tokens: Callable[[], Any], read_padding: Callable[[], Any], **given: Any) -> None:
+        # the base is frozen
+        for name, value in {**given, "_given": {"tokens": read_tokens, "padding": read_padding}}.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def tokens(self) -> TokenTable | None:
+        """The token rows; a TraceError with their first fault."""
+        return self._given["tokens"]()
+
+    @cached_property
+    def padding(self) -> np.ndarray | None:
+        """bool [T]: rows that are padding; None where there are none."""
+        return self._given["padding"]()
+
+
 def open_trace(path: str | Path) -> Trace:
     """Open a trace.
 
     Parameters
     ----------
     path : str or Path
-        The trace's folder.
-
-    Raises
-    ------
-    TraceError
-        When there is no trace, or its ``meta.json`` is not valid, or of another schema version.
+        The trace's folder. A TraceError when there is no trace, or its ``meta.json`` is not valid, or of another version.
     """
     folder = Path(path)
     if not folder.exists():
         earlier = earlier_trace(folder)
-        found = "" if earlier is None else f"; replacing it was cut short, and the one before is whole at {earlier}"
-        raise TraceError(f"there is no trace at {folder}{found}.")
+        more = "" if earlier is None else f"; replacing it was cut short, and the one before is whole at {earlier}"
+        raise TraceError(f"there is no trace at {folder}{more}.")
     return Trace(folder, read_meta(folder))

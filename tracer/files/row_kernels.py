@@ -114,45 +114,17 @@ def _mark_active(expert_ids, scores, bias, top_k, routed, active):
 
 
 def active_columns(
-    expert_ids: np.ndarray,
-    router_scores: np.ndarray,
-    expert_bias: np.ndarray | None = None,
-    routed: np.ndarray | None = None,
+    expert_ids: np.ndarray, router_scores: np.ndarray, expert_bias: np.ndarray | None, routed: np.ndarray
 ) -> np.ndarray:
-    """Score columns that capture level "active" keeps for one call and layer.
+    """Experts, ascending, int64 [C], whose scores capture level "active" keeps for one call and layer.
 
-    The union over the routed rows of the recorded ids and of the plain top-K (no groups) by selection score, that is score
-    plus bias; ties go to the lowest expert id (trace-format.md, level "active").
-
-    Parameters
-    ----------
-    expert_ids : int [n, K]
-    router_scores : float32 [n, E]
-        After the score function, before the bias.
-    expert_bias : float32 [E] or None
-    routed : bool [n] or None
-        None when every row was routed.
-
-    Returns
-    -------
-    int64 [C]
-        Ascending expert ids.
-
-    Raises
-    ------
-    ValueError
-        When shapes disagree or an id is out of range.
+    The union over the rows that were ``routed``, bool [n], of the recorded ids, int [n, K], and of the plain top-K (no groups)
+    by selection score, that is score plus bias; ties go to the lowest expert id (trace-format.md, level "active").
+    ``router_scores`` float32 [n, E] are those after the score function, before ``expert_bias``, float32 [E] or None.
     """
-    scores = np.ascontiguousarray(router_scores, np.float32)
-    ids = np.ascontiguousarray(expert_ids, np.int64)
-    rows, num_experts = scores.shape
-    routed = np.ones(rows, np.bool_) if routed is None else np.ascontiguousarray(routed, np.bool_)
-    bias = np.zeros(num_experts, np.float32) if expert_bias is None else np.ascontiguousarray(expert_bias, np.float32)
-    if ids.ndim != 2 or len(ids) != rows or len(routed) != rows or len(bias) != num_experts:
-        raise ValueError("expert_ids, router_scores, expert_bias and routed must agree on rows and experts.")
-    kept = ids[routed]
-    if kept.size and (kept.min() < 0 or kept.max() >= num_experts):
-        raise ValueError(f"expert_ids must lie in 0..{num_experts - 1}.")
+    num_experts = router_scores.shape[1]
+    bias = np.zeros(num_experts, np.float32) if expert_bias is None else expert_bias
     active = np.zeros(num_experts, np.bool_)
-    _mark_active(ids, scores, bias, min(ids.shape[1], num_experts), routed, active)
+    top_k = min(expert_ids.shape[1], num_experts)
+    _mark_active(expert_ids.astype(np.int64), np.ascontiguousarray(router_scores), bias, top_k, routed, active)
     return np.flatnonzero(active)

@@ -1,12 +1,15 @@
 """Which earlier row each token row is aligned with, so that an expert keeps its slot from call to call.
 
 The order of a row's ids is free in the format. Keeping an expert in the slot it had for that position in the request's
-previous call makes zstd about three times as good on ids (trace-format.md).
+previous call makes zstd about three times as good on ids (trace-format.md). All branches of a call follow the first branch of
+the call before.
+
+Shapes: L layers, M rows remembered, R = M + T with the T token rows of a segment, N (call, request) parts, K experts a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,273 +17,227 @@ import numpy as np
 
 from tracer.jit import njit
 
+# rows compared with their references at a time
+MOST_ROWS = 1024
+
 
 class PartRows(NamedTuple):
-    """Token rows of the (call, request) parts of a segment: N parts, T rows."""
+    """Token rows of the (call, request) parts of a segment."""
 
     request_id: np.ndarray  # int64 [N]
     branches: np.ndarray  # int64 [N], copies that a part's rows are made of
-    starts: np.ndarray  # int64 [N + 1], first row of each part, and T
+    num_tokens: np.ndarray  # int64 [N]
     positions: np.ndarray  # int [T]
-
-
-class _Seen(NamedTuple):
-    """Where the rows of a request's last call stand in the memory, and how many a branch has."""
-
-    start: int
-    own: int
-    branches: int
 
 
 @dataclass(slots=True)
 class SlotMemory:
-    """Slots of the last call of every request that is still under way; bounded by the rows of one segment.
+    """The rows of the first branch of the last call of every request under way, which end a segment and begin the next.
 
-    ``_sets`` holds, per layer, ids [M, K] and whether they are known, bool [M], with the segment's rows after them until
-    :meth:`carry` is called; ``_positions`` the rows' positions, ``_seen`` where a request's rows stand.
+    ``size`` is M; ``_lengths`` how many rows each request has, in order; ``_positions`` [M]; ``_sets`` by layer the ids [M, K]
+    and their count [M].
     """
 
-    _seen: dict[int, _Seen] = field(default_factory=dict)
-    _sets: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    size: int = 0
+    _lengths: dict[int, int] = field(default_factory=dict)
     _positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    _size: int = 0
-
-    def references(self, parts: PartRows) -> np.ndarray:
-        """Memory row each of a segment's T token rows is aligned with, -1 for none; int64 [T].
-
-        The first M memory rows are those carried over, row M + t is token row t of the segment. A branch follows itself, or the
-        first branch where the request's last call had fewer.
-        """
-        own = np.diff(parts.starts) // parts.branches
-        self._positions = np.concatenate((self._positions, parts.positions.astype(np.int64)))
-        requests, number = np.unique(parts.request_id, return_inverse=True)
-        seen = np.array([self._seen.get(int(request), (-1, 0, 0)) for request in requests], np.int64).reshape(-1, 3)
-        found = np.full(int(parts.starts[-1]), -1, np.int64)
-        _refer(number, own, parts.branches, parts.starts + self._size, self._positions, seen, self._size, found)
-        self._seen |= {int(request): _Seen(*row) for request, row in zip(requests, seen.tolist(), strict=True)}
-        return found
+    _sets: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def align(
         self,
-        layers: list[int],
-        expert_ids: np.ndarray,
-        gate_weights: np.ndarray,
-        routed: np.ndarray,
-        cell_rows: np.ndarray,
-        row_offsets: np.ndarray,
-        reference: np.ndarray,
+        layers: tuple[int, ...],
+        ids: np.ndarray,
+        weights: np.ndarray,
+        count: np.ndarray,
+        parts: PartRows,
+        ended: Collection[int],
     ) -> None:
-        """Give the rows of all cells stable slots, in place; ``layers`` [L], the others as in :func:`stable_slots`."""
-        rows, top_k = self._size + int(row_offsets[-1]), expert_ids.shape[1]
-        memory = np.empty((len(layers), rows, top_k), expert_ids.dtype)
-        known = np.zeros((len(layers), rows), np.bool_)
-        for own_memory, own_known, layer in zip(memory, known, layers, strict=True):
-            if layer in self._sets:
-                own_memory[: self._size], own_known[: self._size] = self._sets[layer]
-        others = routed, cell_rows, row_offsets, reference
-        if top_k == 8 and expert_ids.dtype == np.uint8:
-            words = [array.reshape(-1).view(np.uint64) for array in (expert_ids, memory)]
-            stable_slots_of_eight(words[0], gate_weights.reshape(-1), *others, words[1].reshape(known.shape), known)
-        else:
-            stable_slots(expert_ids, gate_weights, *others, memory, known)
-        self._sets = dict(zip(layers, zip(memory, known, strict=True), strict=True))
+        """Give all rows of a segment stable slots, in place, and remember those that the next segment goes on from.
 
-    def carry(self, ended: Iterable[int]) -> None:
-        """Keep the rows of each request's last call in the segment; forget requests that ended or were not in it."""
-        for request in ended:
-            self._seen.pop(request, None)
-        self._seen = {request: seen for request, seen in self._seen.items() if seen.start >= self._size}
-        kept, moved, size = [], {}, 0
-        for request, seen in self._seen.items():
-            rows = seen.own * seen.branches
-            kept.append(np.arange(seen.start, seen.start + rows))
-            moved[request] = seen._replace(start=size)
-            size += rows
-        index = np.concatenate(kept) if kept else np.empty(0, np.int64)
-        self._seen, self._size, self._positions = moved, size, self._positions[index]
-        self._sets = {layer: (memory[index], known[index]) for layer, (memory, known) in self._sets.items()}
+        Parameters
+        ----------
+        layers : tuple of int
+            The L layers.
+        ids : uint8 or uint16 [L, R, K]
+            The first M rows are filled in here.
+        weights : float16 [L, R, K] or [L, 0, K]
+            Reordered along with the ids.
+        count : uint8 [L, R]
+            How many ids are real. Rows of fewer than K keep their order, as the real ones come first, and are followed by none.
+        parts : PartRows
+        ended : collection of int
+            Requests to be forgotten, as are those that are not in the segment.
+        """
+        for n, layer in enumerate(layers):
+            if layer in self._sets:
+                ids[n, : self.size], count[n, : self.size] = self._sets[layer]
+        requests = [*self._lengths, *parts.request_id.tolist()]
+        lengths = np.array([*self._lengths.values(), *parts.num_tokens], np.int64)
+        branch = np.array([*self._lengths.values(), *(parts.num_tokens // parts.branches)], np.int64)
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        positions = np.concatenate((self._positions, parts.positions.astype(np.int64)))
+        last: dict[int, int] = {}
+        previous = np.empty(len(requests), np.int64)
+        for number, request in enumerate(requests):
+            previous[number] = last.get(request, -1)
+            last[request] = number
+        reference = references(previous, starts, branch, positions)
+        whole = count == ids.shape[2]
+        if ids.shape[2] == 8 and ids.dtype == np.uint8:
+            words = ids.view(np.uint64).reshape(whole.shape)
+            stable_slots_of_eight(words, weights.view(np.uint16), whole, reference, self.size)
+        else:
+            stable_slots(ids, weights.view(np.uint16), whole, reference, self.size)
+        going_on = {r: n for r, n in last.items() if n >= len(self._lengths) and r not in ended}
+        self._lengths = {request: int(branch[number]) for request, number in going_on.items()}
+        rows = [np.arange(starts[number], starts[number] + branch[number]) for number in going_on.values()]
+        kept = np.concatenate([np.empty(0, np.int64), *rows])
+        self.size, self._positions = len(kept), positions[kept]
+        self._sets = {layer: (ids[n, kept], count[n, kept]) for n, layer in enumerate(layers)}
 
 
 @njit
-def stable_slots(expert_ids, gate_weights, routed, cell_rows, row_offsets, reference, memory, known):
-    """Reorder each row's experts so that those it shares with its reference row keep their slots.
+def references(previous, starts, branch, positions):
+    """The row each one is aligned with, that of its position in the first branch of the part before; -1 for none; int64 [R].
+
+    Parts (remembered ones first): ``previous`` int64 [N] the part of the request's call before, -1 for none; ``starts`` int64
+    [N + 1] their rows, ``branch`` int64 [N] the rows of their first branch; ``positions`` int64 [R].
+    """
+    reference = np.full(len(positions), -1, np.int64)
+    # the last one is that of padding, -1
+    place = np.full((positions.max() if len(positions) else 0) + 2, -1, np.int64)
+    for n in range(len(previous)):
+        before = previous[n]
+        if before < 0:
+            continue
+        first, end = starts[before], starts[before] + branch[before]
+        for t in range(first, end):
+            place[positions[t]] = t
+        for t in range(starts[n], starts[n + 1]):
+            reference[t] = place[positions[t]]
+        for t in range(first, end):
+            place[positions[t]] = -1
+    return reference
+
+
+@njit
+def stable_slots(ids, weights, whole, reference, remembered):
+    """Reorder each row's experts, in place, so that those it shares with its reference row keep their slots.
 
     Newcomers take the free slots in their own order, so unstable experts gather in the slots that change anyway; a row without
-    a reference comes out by ascending id. Weights move along. The sets never change. Rows that were not routed hand their
-    reference's slots on and stay as they are.
+    a reference comes out by ascending id. Weights move along.
 
-    Parameters
-    ----------
-    expert_ids : uint8 or uint16 [S, K]
-        Rows of all cells, changed in place.
-    gate_weights : uint16 [S, K] or [0, K]
-        Bits of the float16 weights, likewise; no rows when there are none.
-    routed : bool [S] or [0]
-        Empty when every row was routed.
-    cell_rows : int64 [L, F]
-        First row of the cell of each layer and call, -1 for calls without the layer.
-    row_offsets : int64 [F + 1]
-        First token row of each call, and T.
-    reference : int64 [T]
-        The row each one is aligned with, an index into ``memory``; -1 for none.
-    memory : like expert_ids [L, M + T, K]
-        The first M rows of a layer are the slots remembered from earlier; row M + t is filled for row t.
-    known : bool [L, M + T]
-        Whether a row of ``memory`` holds a set; the first M are given.
+    ids uint8 or uint16 [L, R, K]; weights uint16 [L, R, K], bits of the float16, or [L, 0, K]; whole bool [L, R], rows that
+    have all K experts, the others are left alone; reference int64 [R]; the first ``remembered`` rows have their slots already.
     """
-    top_k = expert_ids.shape[1]
-    carried = known.shape[1] - len(reference)
-    weighted = len(gate_weights) > 0
+    layers, rows, top_k = ids.shape
+    weighted = weights.shape[1] > 0
     # 1 + the slot an expert had in the reference row; cleared after each row by walking the same ids again
-    slot_of = np.zeros(1 << (8 * expert_ids.itemsize), np.int16)
-    slot = np.empty(top_k, np.int64)
-    free = np.zeros(top_k, np.bool_)
-    bits = np.empty(top_k, np.uint16)
-    for cell in range(cell_rows.size):
-        call, layer = divmod(cell, len(cell_rows))
-        base = cell_rows[layer, call] - row_offsets[call]
-        for t in range(row_offsets[call], row_offsets[call + 1]):
-            before, now = reference[t], carried + t
-            linked = before >= 0 and known[layer, before]
-            own = cell_rows[layer, call] >= 0 and (len(routed) == 0 or routed[base + t])
-            known[layer, now] = linked or own
-            if not own:
-                for k in range(top_k if linked else 0):
-                    memory[layer, now, k] = memory[layer, before, k]
-                continue
+    slot_of = np.zeros(1 << (8 * ids.itemsize), np.int16)
+    slot, free = np.empty(top_k, np.int64), np.zeros(top_k, np.bool_)
+    given, bits = np.empty(top_k, ids.dtype), np.empty(top_k, np.uint16)
+    for row in range(layers * rows):
+        layer, t = divmod(row, rows)
+        before = reference[t]
+        linked = before >= 0 and whole[layer, before]
+        if t < remembered or not whole[layer, t]:
+            continue
+        for k in range(top_k):
+            given[k] = ids[layer, t, k]
+            bits[k] = weights[layer, t, k] if weighted else 0
+            free[k] = linked
+        if linked:
             for k in range(top_k):
-                slot[k] = 0
-                for other in range(0 if linked else top_k):
-                    slot[k] += expert_ids[base + t, other] < expert_ids[base + t, k]
+                slot_of[ids[layer, before, k]] = k + 1
+        for k in range(top_k):
+            slot[k] = slot_of[given[k]] - 1
+            if slot[k] >= 0:
+                free[slot[k]] = False
+            elif not linked:
+                slot[k] = (given < given[k]).sum()
+        place = 0
+        for k in range(top_k):
             if linked:
-                for k in range(top_k):
-                    slot_of[memory[layer, before, k]] = k + 1
-                    free[k] = True
-                for k in range(top_k):
-                    slot[k] = slot_of[expert_ids[base + t, k]] - 1
-                    if slot[k] >= 0:
-                        free[slot[k]] = False
-                place = 0
-                for k in range(top_k):
-                    slot_of[memory[layer, before, k]] = 0
-                    if slot[k] < 0:
-                        while not free[place]:
-                            place += 1
-                        slot[k] = place
-                        place += 1
-            for k in range(top_k):
-                memory[layer, now, slot[k]] = expert_ids[base + t, k]
-                if weighted:
-                    bits[slot[k]] = gate_weights[base + t, k]
-            for k in range(top_k):
-                expert_ids[base + t, k] = memory[layer, now, k]
-                if weighted:
-                    gate_weights[base + t, k] = bits[k]
+                slot_of[ids[layer, before, k]] = 0
+            if slot[k] < 0:
+                while not free[place]:
+                    place += 1
+                slot[k] = place
+                place += 1
+        for k in range(top_k):
+            ids[layer, t, slot[k]] = given[k]
+            if weighted:
+                weights[layer, t, slot[k]] = bits[k]
 
 
 @njit
-def stable_slots_of_eight(expert_ids, gate_weights, routed, cell_rows, row_offsets, reference, memory, known):
-    """:func:`stable_slots` for rows of eight uint8 ids, each row one uint64: the same result many times as fast.
+def stable_slots_of_eight(ids, weights, whole, reference, remembered):
+    """:func:`stable_slots` for rows of eight uint8 ids, each row one uint64 of ``ids`` [L, R]: the same many times as fast.
 
-    ``expert_ids`` uint64 [S], ``memory`` uint64 [L, M + T] and ``gate_weights`` uint16 [S * 8] or [0] are the arrays there, in
-    other views. A call's rows are compared with their references first, all pairs of slots by eight rotations and without a
-    branch, which becomes vector code; what depends on a row's newcomers comes after.
+    Rows are compared with their references first, all pairs of slots by eight rotations and without a branch, which becomes
+    vector code; what depends on a row's newcomers comes after.
     """
     low, high = np.uint64(0x7F7F7F7F7F7F7F7F), np.uint64(0x8080808080808080)
-    # times a flag at byte i, the top byte is i
-    number = np.uint64(0x0001020304050607)
-    # byte j is j
-    places = np.uint64(0x0706050403020100)
+    # times a flag at byte i, the top byte is i; and byte j is j
+    number, places = np.uint64(0x0001020304050607), np.uint64(0x0706050403020100)
     byte, one, seven, top = np.uint64(255), np.uint64(1), np.uint64(7), np.uint64(56)
-    carried = known.shape[1] - len(reference)
-    weighted = len(gate_weights) > 0
-    most = 0
-    for call in range(cell_rows.shape[1]):
-        most = max(most, row_offsets[call + 1] - row_offsets[call])
+    weighted = weights.shape[1] > 0
+    linked, before = np.empty(MOST_ROWS, np.bool_), np.empty(MOST_ROWS, np.uint64)
     # flags, in bit 7, of the reference's slots that stay and of the ids that stay; byte j of order: which id goes into slot j
-    kept, taken, orders = np.empty(most, np.uint64), np.empty(most, np.uint64), np.empty(most, np.uint64)
-    bits = np.empty(8 * most if weighted else 0, np.uint16)
-    # calls before layers, so that ids and weights are walked through as they stand
-    for cell in range(cell_rows.size):
-        call, layer = divmod(cell, len(cell_rows))
-        first, rows = row_offsets[call], row_offsets[call + 1] - row_offsets[call]
-        # loops over slices from 0 on become vector code, indices with an offset do not
-        held, sets = known[layer], memory[layer]
-        linked, now = held[carried + first : carried + first + rows], sets[carried + first : carried + first + rows]
-        for t in range(rows):
-            source = reference[first + t]
-            linked[t] = source >= 0 and held[source]
-            now[t] = sets[source] if linked[t] else np.uint64(0)
-        base = cell_rows[layer, call]
-        if base < 0:
-            continue
-        given = expert_ids[base : base + rows]
-        for t in range(rows):
-            earlier, ids = now[t], given[t]
-            mine, theirs, order = np.uint64(0), np.uint64(0), np.uint64(0)
-            for r in range(8):
-                left, right = np.uint64(8 * r), np.uint64((64 - 8 * r) & 63)
-                other = earlier ^ ((ids << left) | (ids >> right))
-                # exactly the bytes that are zero
-                flags = ~(((other & low) + low) | other) & high
-                mine |= flags
-                theirs |= (flags >> left) | (flags << right)
-                order |= (flags - (flags >> seven)) & ((places << left) | (places >> right))
-            kept[t], taken[t], orders[t] = mine, theirs, order
-        own_bits = gate_weights[8 * base : 8 * (base + rows)]
-        for i in range(len(own_bits)):
-            bits[i] = own_bits[i]
-        for t in range(rows):
-            if len(routed) > 0 and not routed[base + t]:
-                continue
-            ids, row, order = given[t], np.uint64(0), np.uint64(0)
-            if linked[t]:
-                row = now[t] & (kept[t] | (kept[t] - (kept[t] >> seven)))
-                order = orders[t]
-                newcomers, holes, rounds = taken[t] ^ high, kept[t] ^ high, 0
-                # few rows have more than two newcomers, so two go without a branch
-                while newcomers != 0 or rounds < 2:
-                    flag, hole = newcomers & (~newcomers + one), holes & (~holes + one)
-                    newcomers ^= flag
-                    holes ^= hole
-                    i = ((flag >> seven) * number) >> top
-                    row |= ((ids >> (i * np.uint64(8))) & byte) * (hole >> seven)
-                    order |= i * (hole >> seven)
-                    rounds += 1
-            else:
-                for n in range(8):
-                    expert = (ids >> np.uint64(8 * n)) & byte
-                    shift = np.uint64(0)
+    kept, taken, orders = np.empty(MOST_ROWS, np.uint64), np.empty(MOST_ROWS, np.uint64), np.empty(MOST_ROWS, np.uint64)
+    bits = np.empty(8, np.uint16)
+    for layer in range(len(ids)):
+        first = remembered
+        while first < len(reference):
+            end = first
+            # rows that follow none of one another
+            while end < len(reference) and end < first + MOST_ROWS and reference[end] < first:
+                source = reference[end]
+                linked[end - first] = source >= 0 and whole[layer, source]
+                before[end - first] = ids[layer, source]
+                end += 1
+            given = ids[layer, first:end]
+            for t in range(len(given)):
+                earlier, row = before[t], given[t]
+                mine, theirs, order = np.uint64(0), np.uint64(0), np.uint64(0)
+                for r in range(8):
+                    left, right = np.uint64(8 * r), np.uint64((64 - 8 * r) & 63)
+                    other = earlier ^ ((row << left) | (row >> right))
+                    # exactly the bytes that are zero
+                    flags = ~(((other & low) + low) | other) & high
+                    mine |= flags
+                    theirs |= (flags >> left) | (flags << right)
+                    order |= (flags - (flags >> seven)) & ((places << left) | (places >> right))
+                kept[t], taken[t], orders[t] = mine, theirs, order
+            for t in range(len(given)):
+                if not whole[layer, first + t]:
+                    continue
+                row, stable, order = given[t], np.uint64(0), np.uint64(0)
+                if linked[t]:
+                    stable = before[t] & (kept[t] | (kept[t] - (kept[t] >> seven)))
+                    order = orders[t]
+                    newcomers, holes, rounds = taken[t] ^ high, kept[t] ^ high, 0
+                    # few rows have more than two newcomers, so two go without a branch
+                    while newcomers != 0 or rounds < 2:
+                        flag, hole = newcomers & (~newcomers + one), holes & (~holes + one)
+                        newcomers ^= flag
+                        holes ^= hole
+                        i = ((flag >> seven) * number) >> top
+                        stable |= ((row >> (i * np.uint64(8))) & byte) * (hole >> seven)
+                        order |= i * (hole >> seven)
+                        rounds += 1
+                else:
+                    for n in range(8):
+                        expert, shift = (row >> np.uint64(8 * n)) & byte, np.uint64(0)
+                        for j in range(8):
+                            shift += np.uint64(((row >> np.uint64(8 * j)) & byte) < expert) << np.uint64(3)
+                        stable |= expert << shift
+                        order |= np.uint64(n) << shift
+                given[t] = stable
+                if weighted:
+                    own = weights[layer, first + t]
                     for j in range(8):
-                        shift += np.uint64(((ids >> np.uint64(8 * j)) & byte) < expert) << np.uint64(3)
-                    row |= expert << shift
-                    order |= np.uint64(n) << shift
-                linked[t] = True
-            now[t] = given[t] = row
-            if weighted:
-                for j in range(8):
-                    own_bits[8 * t + j] = bits[8 * t + np.int64((order >> np.uint64(8 * j)) & byte)]
-
-
-@njit
-def _refer(number, own, branches, starts, positions, seen, carried, found):
-    """Fill ``found`` (:meth:`SlotMemory.references`) for N parts in order.
-
-    number, own, branches int64 [N]: each part's request, rows of a branch and branches; starts int64 [N + 1] and ``seen`` int64
-    [requests, 3], a :class:`_Seen` each (-1 first for none), count memory rows; ``seen`` is brought up to date.
-    """
-    place = np.full((positions.max() if len(positions) else -1) + 2, -1, np.int64)
-    for n in range(len(number)):
-        start, earlier, copies = seen[number[n]]
-        for j in range(earlier if start >= 0 else 0):
-            if positions[start + j] >= 0:
-                place[positions[start + j]] = j
-        for j in range(own[n] if start >= 0 else 0):
-            position = positions[starts[n] + j]
-            if position >= 0 and place[position] >= 0:
-                for branch in range(branches[n]):
-                    source = start + (branch if branch < copies else 0) * earlier
-                    found[starts[n] - carried + branch * own[n] + j] = source + place[position]
-        for j in range(earlier if start >= 0 else 0):
-            place[positions[start + j]] = -1
-        seen[number[n]] = starts[n], own[n], branches[n]
+                        bits[j] = own[j]
+                    for j in range(8):
+                        own[j] = bits[np.int64((order >> np.uint64(8 * j)) & byte)]
+            first = end

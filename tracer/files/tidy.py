@@ -10,12 +10,11 @@ import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from tracer.files.columns import NUMBERS, arrow_schema, kind_codes, numbers
+from tracer.files.columns import CHOICES, COLUMNS, arrow_schema, decode
 from tracer.files.folder import request_parts
 from tracer.files.forwards import StoredForwards
-from tracer.files.parts import PartFile, open_part
+from tracer.files.parts import PartFile
 from tracer.files.tokens import row_keys
-from tracer.schema import STOP_REASONS, TABLES
 from tracer.trace import Segment
 
 INTERRUPTED = "interrupted"
@@ -29,37 +28,27 @@ def table_schema(table: str) -> pl.Schema:
 def part_frames(part: PartFile) -> Iterator[pl.DataFrame]:
     """A part as frames, one a row group, in the format's own types, missing optional columns as nulls.
 
-    Raises
-    ------
-    TraceError
-        When a number does not fit its type or is null where none may stand.
+    A TraceError when a value does not fit its type or is null where none may stand.
     """
-    names = [column.name for column in TABLES[part.table]]
-    for group in range(len(part.groups) - 1):
-        table = part.read([name for name in names if name in part.present], group)
-        for column in TABLES[part.table]:
-            if column.type in NUMBERS:
-                numbers(part, column.name, table, int(part.groups[group]))
+    columns, schema = COLUMNS[part.table], table_schema(part.table)
+    for first, table in part.tables(list(columns)):
+        for name, column in columns.items():
+            if column.type not in part.widths and (name in CHOICES or column.type not in ("string", "binary")):
+                decode(part, name, table, first)
         # what a foreign footer says beside the columns may be no text, on which polars panics
         frame = pl.DataFrame(pl.from_arrow(table.replace_schema_metadata(None)))
-        missing = [pl.lit(None).alias(name) for name in names if name not in frame.columns]
-        yield frame.with_columns(missing).select(
-            pl.col(name).cast(dtype) for name, dtype in table_schema(part.table).items()
-        )
+        missing = [pl.lit(None).alias(name) for name in columns if name not in frame.columns]
+        yield frame.with_columns(missing).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
 
 
 def requests_frame(forwards: StoredForwards) -> pl.DataFrame:
     """The ``requests`` table, sorted, with a row for every request that was interrupted.
 
-    Raises
-    ------
-    TraceError
-        When a request stands twice, a stop_reason is unknown or a value is null that must not be.
+    A TraceError when a request stands twice, a stop_reason is unknown or a value is null that must not be.
     """
     ended = pl.DataFrame(schema=table_schema("requests"))
     for name in request_parts(forwards):
-        part = open_part(forwards.path, "requests", name, forwards.meta)
-        kind_codes(part, part.read(["stop_reason"]).column(0), "stop_reason", STOP_REASONS)
+        part = PartFile(forwards.path, "requests", name, forwards.meta)
         ended = pl.concat([ended, *part_frames(part)])
         twice = ended["request_id"].is_duplicated()
         if twice.any():
@@ -93,14 +82,13 @@ def scan_parts(parts: Callable[[], Iterable[PartFile]], table: str) -> pl.LazyFr
 
 def scan_routing(segments: Callable[[], Iterable[Segment]], num_experts: int) -> pl.LazyFrame:
     """The tidy view: one row per (forward_id, layer, row, slot), padding too. Rows that were not routed have none."""
-    ids = pl.UInt8 if num_experts <= 256 else pl.UInt16
     schema = pl.Schema(
         {
             "forward_id": pl.UInt32,
             "layer": pl.UInt16,
             "row": pl.UInt32,
             "slot": pl.UInt8,
-            "expert_id": ids,
+            "expert_id": pl.UInt8 if num_experts <= 256 else pl.UInt16,
             "gate_weight": pl.Float32,
         }
     )
@@ -109,26 +97,19 @@ def scan_routing(segments: Callable[[], Iterable[Segment]], num_experts: int) ->
         for segment in segments():
             forward, row = row_keys(segment.forwards.forward_id, segment.forwards.row_offsets)
             for layer in segment.layers:
-                found = segment.layer(layer, with_padding=True)
-                top_k = found.expert_ids.shape[1]
-                real = np.arange(top_k) < found.count[:, None]
+                routing = segment.layer(layer, with_padding=True)
+                real = np.arange(routing.expert_ids.shape[1]) < routing.count[:, None]
                 own, slot = np.nonzero(real)
-                weights = found.gate_weights
-                yield pl.DataFrame(
-                    {
-                        "forward_id": forward[own],
-                        "layer": np.full(len(own), layer, np.uint16),
-                        "row": row[own],
-                        "slot": slot.astype(np.uint8),
-                        "expert_id": found.expert_ids[real],
-                        "gate_weight": (
-                            pl.repeat(None, len(own), dtype=pl.Float32, eager=True)
-                            if weights is None
-                            else weights[real].astype(np.float32)
-                        ),
-                    },
-                    schema=schema,
-                )
+                weights = np.full(real.shape, np.nan) if routing.gate_weights is None else routing.gate_weights
+                columns = {
+                    "forward_id": forward[own],
+                    "layer": np.full(len(own), layer, np.uint16),
+                    "row": row[own],
+                    "slot": slot.astype(np.uint8),
+                    "expert_id": routing.expert_ids[real],
+                    "gate_weight": weights[real].astype(np.float32),
+                }
+                yield pl.DataFrame(columns, schema=schema, nan_to_null=True)
 
     return _scan(frames, schema)
 

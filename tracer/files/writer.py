@@ -25,11 +25,10 @@ class TraceWriter:
     """Writes a trace, segment by segment, in the background; a context manager.
 
     A segment ends where the (request, block) of the calls changes, once it holds ``segment_forwards`` calls, is
-    ``segment_seconds`` old or holds an eighth of ``max_buffer_bytes``. A block that goes on past half of ``max_buffer_bytes``
-    is cut at the next call all the same; readers put its pieces together again. Encoding takes about as much memory again as
-    the segment it works on. A process killed at any moment loses the open segment, and one on its way to the disk, at most;
-    Ctrl-C loses nothing: it is held back until a call is in. Left by an exception, the context commits what it has and leaves
-    ``complete`` false. One writer a folder: a second one is refused.
+    ``segment_seconds`` old or holds an eighth of ``max_buffer_bytes``; a block that goes on past half of these bytes is cut at
+    the next call. Encoding takes about as much memory again as its segment. A process killed at any moment loses the open
+    segment, and one on its way to the disk, at most; Ctrl-C loses nothing: it is held back until a call is in. Left by an
+    exception, the context commits what it has and leaves ``complete`` false. One writer a folder: a second one is refused.
 
     Parameters
     ----------
@@ -38,8 +37,8 @@ class TraceWriter:
     meta : dict
         ``meta.json`` without schema_version, created and complete. ``tables`` defaults to all that the capture level has.
     force : bool
-        Replace a trace that is there. Only a trace: another folder or file is never touched. The new one is written beside
-        it and takes its place when it is complete; until then, and if it never is, the old one stays.
+        Replace a trace that is there, never another folder or file. The new one is written beside it and takes its place when
+        it is complete; until then, and if it never is, the old one stays.
     append : bool
         Go on with a trace that is there, after removing what an interrupted writer left: parts that belong to no forwards,
         and the calls at its end whose requests never ended. A new one where there is none.
@@ -91,15 +90,10 @@ class TraceWriter:
         if segment_forwards < 1 or max_buffer_bytes < 1 or segment_seconds <= 0:
             raise UserError("segment_forwards, segment_seconds and max_buffer_bytes must be at least 1.")
         self.path = Path(path)
-        document = as_document(
-            {
-                "tables": tables_of(str(meta.get("capture_level"))),
-                **meta,
-                "schema_version": SCHEMA_VERSION,
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            }
-        )
-        document = under_way(document)
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        tables = tables_of(str(meta.get("capture_level")))
+        given = {"tables": tables, **meta, "schema_version": SCHEMA_VERSION, "created": created}
+        document = under_way(as_document(given))
         self.meta: TraceMeta = parse_meta(document)
         if "loads" in self.meta.tables:
             raise UserError("a trace of counts has no calls: write it with write_loads.")
@@ -111,17 +105,15 @@ class TraceWriter:
                     (self.folder / table).mkdir(exist_ok=True)
                 write_meta(self.folder, self._place.document)
                 self._whole = whole
-                self.next_forward = self._place.forward
-                self.ended = self._place.ended
-                self.next_request = max((*self._place.held, *self._place.ended), default=-1) + 1
-                self._rules = CallRules(self.meta, self._place.held | self._place.ended)
+                self.next_forward, self.ended = self._place.forward, self._place.ended
+                before = self._place.held | self._place.ended
+                self.next_request = max(before, default=-1) + 1
+                self._rules = CallRules(self.meta, before)
                 self._segment_forwards, self._segment_seconds = segment_forwards, segment_seconds
                 self._soft_bytes, self._hard_bytes = max_buffer_bytes // 8, max_buffer_bytes // 2
-                self._segment = OpenSegment(self.meta)
-                self._pairs: set[tuple[int, int]] = set()
-                self._opened = time.monotonic()
                 self._last_bytes = 0
                 self._committer = Committer(self.folder, self._place.part, max_buffer_bytes, compact)
+                self._begin_segment()
                 self._open = True
         except BaseException as error:
             # an interrupt that was held back until here too: nobody will close this writer
@@ -129,7 +121,7 @@ class TraceWriter:
             if hasattr(self, "_place"):
                 self._place.give_up()
             if isinstance(error, OSError):
-                raise UserError(f"{self.path} cannot be written: {error.strerror or error}.") from None
+                raise self._unwritable(error) from None
             raise
 
     @property
@@ -172,7 +164,8 @@ class TraceWriter:
         self._committer.make_room(self._segment.num_bytes + self._last_bytes, ends)
         with undisturbed():
             if ends:
-                self._end_segment()
+                self._committer.submit(self._segment)
+                self._begin_segment()
             before = self._segment.num_bytes
             self._segment.put(self.next_forward, checked, rows, tokens, routing)
             self._rules.accept(checked, routing.layers)
@@ -182,11 +175,9 @@ class TraceWriter:
             return self.next_forward - 1
 
     def _full(self) -> bool:
-        segment = self._segment
-        if not segment.num_calls:
-            return False
-        old = time.monotonic() - self._opened > self._segment_seconds
-        return old or segment.num_calls >= self._segment_forwards or segment.num_bytes >= self._soft_bytes
+        segment, age = self._segment, time.monotonic() - self._opened
+        grown = segment.num_calls >= self._segment_forwards or segment.num_bytes >= self._soft_bytes
+        return segment.num_calls > 0 and (grown or age > self._segment_seconds)
 
     def add_request(self, request: Mapping[str, Any]) -> None:
         """Add the row of a request that has ended: the columns of ``requests``, dataset and prompt optional.
@@ -216,7 +207,7 @@ class TraceWriter:
             self._open = False
             try:
                 if self._segment.num_calls or self._segment.requests:
-                    self._end_segment()
+                    self._committer.submit(self._segment)
                 self._committer.finish()
                 document = {**self._place.document, "complete": complete}
                 if complete:
@@ -225,7 +216,7 @@ class TraceWriter:
                 if complete:
                     self._place.finish()
             except OSError as error:
-                raise UserError(f"{self.path} cannot be written: {error.strerror or error}.") from None
+                raise self._unwritable(error) from None
             finally:
                 self._place.release(keep=bool(self.next_forward) and not self._whole)
                 self.folder = self._place.folder
@@ -250,9 +241,13 @@ class TraceWriter:
             with suppress(Exception):
                 self.close(complete=False)
 
-    def _end_segment(self) -> None:
-        self._committer.submit(self._segment)
-        self._segment, self._pairs, self._opened = OpenSegment(self.meta), set(), time.monotonic()
+    def _begin_segment(self) -> None:
+        self._segment = OpenSegment(self.meta)
+        self._pairs: set[tuple[int, int]] = set()
+        self._opened = time.monotonic()
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.path} cannot be written: {error.strerror or error}.")
 
     def _check_open(self) -> None:
         if not self._open:
