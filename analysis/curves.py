@@ -168,14 +168,14 @@ def unbeaten(frame: pl.DataFrame, noun: str) -> str:
     lost = frame.filter(~pl.col("beats_null")).sort("at", maintain_order=True)
     if lost.is_empty():
         return ""
-    told = []
+    clauses = []
     for name in frame[series].unique(maintain_order=True).to_list():
         at = lost.filter(pl.col(series) == name)["at"].to_list()
         if at:
             every = len(at) == frame.filter(pl.col(series) == name).height
             where = f"at every {noun}" if every else f"at {noun} {spans(at)}"
-            told.append(where if name == MEASURED else f"{name} ({where})")
-    return f"Not beating {'the null' if series == 'series' else 'every null'}: {', '.join(told)}."
+            clauses.append(where if name == MEASURED else f"{name} ({where})")
+    return f"Not beating {'the null' if series == 'series' else 'every null'}: {', '.join(clauses)}."
 
 
 def spans(numbers: Iterable[int]) -> str:

@@ -12,6 +12,7 @@ from analysis.metrics.shared.metric import LayerColumn, Metric
 from analysis.metrics.shared.settings import VALUE, columns
 from analysis.metrics.shared.study import Study
 
+BALANCE = ("gini", "load_cv", "entropy_experts", "top_tenth", "hot_experts", "dead_experts")
 HOT = 2.0
 """An expert is hot with at least this many times an even share of its layer's load."""
 
@@ -71,13 +72,10 @@ class Balance(Metric):
             by_layer = balance_figures(loads)
             return np.concatenate([by_layer, mean(np.moveaxis(by_layer, 1, -1))[:, None]], axis=1)
 
-        found = bootstrap.statistic(figures, self.sums.load)
-        values = {name: array.T[:, None] for name, array in zip(VALUE, found, strict=True)}
+        measured = bootstrap.statistic(figures, self.sums.load)
+        values = {name: array.T[:, None] for name, array in zip(VALUE, measured, strict=True)}
         values["n"] = with_total(ordered_sum(self.sums.total, 1), 0)
         return self.tidy(({"metric": BALANCE, "scope": [self.scope], "layer": self.shape.labels}, values))
-
-
-BALANCE = ("gini", "load_cv", "entropy_experts", "top_tenth", "hot_experts", "dead_experts")
 
 
 def balance_figures(load: np.ndarray) -> np.ndarray:

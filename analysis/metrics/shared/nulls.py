@@ -109,8 +109,8 @@ class NeighbourBlocks(Watcher):
 
     def layer(self, view: LayerView) -> None:
         stacked = []
-        for number, found in enumerate((view.bits, view.size)):
-            chosen = found[self.part, self.offset]
+        for number, sets in enumerate((view.bits, view.size)):
+            chosen = sets[self.part, self.offset]
             self.sets[number][:, view.index] = chosen
             stacked.append(np.concatenate([*(self.memory[r][number][None, view.index] for r in self.met), chosen]))
         pairs = self.left, self.right, self.cell, *(array[view.index] for array in self.sums)
