@@ -11,7 +11,7 @@ import pytest
 from tracer.errors import unknown
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("tracer", "analysis")
+PACKAGES = ("tracer", "simulator", "analysis")
 
 EACH = """
 import importlib, inspect, pkgutil, sys
