@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from simulator.replay_files import CELLS, DOCUMENT, FORWARDS
+from simulator.streams.loads import recorded_loads
 from tracer.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,18 +84,12 @@ def summarise_trace(trace: Any, name: str | None = None) -> TraceSummary:
     name : str, optional
         What to call it; its folder's name otherwise.
     """
-    counts: dict[int, np.ndarray] = {}
-    for segment in trace.segments():
-        for layer in segment.layers:
-            routing = segment.layer(layer, with_weights=False)
-            slots = np.arange(routing.expert_ids.shape[1]) < routing.count[:, None]
-            found = np.bincount(routing.expert_ids[slots], minlength=routing.router.num_experts)
-            counts[layer] = counts.get(layer, 0) + found
+    layers, counts = np.array(trace.meta.model.moe_layers, np.int64), recorded_loads(trace)
     load = pl.DataFrame(
         {
-            "layer": np.repeat(np.array(list(counts), np.int64), [len(c) for c in counts.values()]),
-            "expert_id": np.concatenate([np.arange(len(c)) for c in counts.values()] or [np.zeros(0, np.int64)]),
-            "tokens": np.concatenate([*counts.values()] or [np.zeros(0, np.int64)]).astype(np.int64),
+            "layer": np.repeat(layers, counts.shape[1]),
+            "expert_id": np.tile(np.arange(counts.shape[1]), len(layers)),
+            "tokens": counts.reshape(-1),
         }
     )
     cell_bytes = dict.fromkeys(("expert_ids", "gate_weights"), 0)

@@ -10,13 +10,14 @@ min(K, reachable).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from simulator.acceptance import team as team_acceptance
 from simulator.kernels import router_arrays, select_experts
 from simulator.policy import ACTIVE, CONFIDENCE, SCORES, TOKENS, Geometry, Selection, Trajectory
+from simulator.registry import describe
 from simulator.selecting.reselect import copied_selection, recorded_scores, recorded_selection, refuse_missing_score
 from simulator.speculation.recorded_team import check_experts, check_rows, other_parameters, recorded_under_team
 from simulator.tallies.counting import union_sets
@@ -77,6 +78,23 @@ class Team(TeamRules):
     def acceptance(self) -> team_acceptance.TeamAcceptance:
         """The acceptance policy of the same parameters."""
         return team_acceptance.TeamAcceptance(**{rule.name: getattr(self, rule.name) for rule in fields(TeamRules)})
+
+    def accepting(self, asked: Any) -> Any:
+        """The acceptance policy to use where another than its own is asked for: its reuse and limit on that one's forwards.
+
+        Raises
+        ------
+        UserError
+            It is to speculate on forwards that are not TEAM's.
+        """
+        if isinstance(asked, team_acceptance.TeamAcceptance):
+            return asked
+        if self.speculate:
+            raise UserError(
+                "team speculates on forwards of its own; give --routing team:speculate=false for its reuse and limit on "
+                f"those of acceptance {describe(asked)['name']}, or leave --acceptance out."
+            )
+        return self.acceptance()
 
     def recorded_in(self, geometry: Geometry) -> bool:
         """Whether the trace's run was decoded under this very policy, so that its replay is no estimate."""

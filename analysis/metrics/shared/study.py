@@ -14,6 +14,10 @@ import polars as pl
 from analysis.metrics.shared.settings import Settings
 from analysis.metrics.shared.timeline import Timeline, Units, timeline
 from analysis.metrics.shared.view import LayerView, shape_of
+from simulator import walk as walks
+from simulator.streams.gather import geometry_of
+from simulator.streams.routed import RoutedLayer, View
+from simulator.walk import Walk
 from tracer.trace import Segment, TraceMeta
 
 W = TypeVar("W", bound="Watcher")
@@ -24,6 +28,9 @@ class Trace(Protocol):
 
     @property
     def meta(self) -> TraceMeta: ...
+
+    @property
+    def first_block(self) -> dict[int, int]: ...
 
     @property
     def requests(self) -> pl.DataFrame: ...
@@ -91,6 +98,11 @@ class Study:
         """Sizes of the sets of most used experts: those asked for, else an eighth, a quarter and a half of the experts."""
         return self.settings.budgets or tuple(sorted({max(1, self.shape.experts // part) for part in (8, 4, 2)}))
 
+    @property
+    def watchers(self) -> Iterable[Watcher]:
+        """Everything that watches."""
+        return self._watchers.values()
+
     def watch(self, kind: Callable[..., W], *key: str) -> W:
         """The study's only ``kind(study, *key)``, made when it is first asked for; it sees the whole trace."""
         if (kind, *key) not in self._watchers:
@@ -100,21 +112,33 @@ class Study:
 
     def run(self, progress: Callable[[int], Any] | None = None) -> None:
         """Show the trace to everything that watches; ``progress`` hears how many model calls have been read."""
-        places = {layer: index for index, layer in enumerate(self.shape.layers)}
-        watchers, read = self._watchers.values(), 0
-        for segment in self.trace.segments():
-            times = timeline(segment, self.shape.block_length, self.units)
-            for watcher in watchers:
-                watcher.begin(times)
-            for layer in sorted(set(segment.layers) & set(places)):
-                view = LayerView(times, places[layer], segment.layer(layer, with_weights=False), self.shape)
-                for watcher in watchers:
-                    watcher.layer(view)
-            for watcher in watchers:
-                watcher.end()
-            read += segment.forwards.num_forwards
-            if progress is not None:
-                progress(read)
+        # one thread: the layer before is what foretells a layer
+        walk = Walk(self.trace, geometry_of(self.trace), threads=1, weights=False)
+        walk.watch(_Shown(self))
+        walk.run(None if progress is None else lambda done, _: progress(done))
+
+
+class _Shown(walks.Watcher):
+    """Shows the recorded rows of a walk to everything that watches a study."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def begin(self, view: View) -> None:
+        self._layers = view.segment.layers
+        self._times = timeline(view.segment, self._study.shape.block_length, self._study.units)
+        for watcher in self._study.watchers:
+            watcher.begin(self._times)
+
+    def layer(self, at: int, routed: RoutedLayer) -> None:
+        if routed.layer.layer in self._layers:
+            view = LayerView(self._times, at, routed.layer, self._study.shape)
+            for watcher in self._study.watchers:
+                watcher.layer(view)
+
+    def end(self) -> None:
+        for watcher in self._study.watchers:
+            watcher.end()
 
 
 class Memory(dict[int, Any]):
