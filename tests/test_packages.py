@@ -54,7 +54,7 @@ def test_names_asked_for_first_are_found_in_a_fresh_interpreter():
 
 def test_the_nearest_name_is_told():
     assert str(unknown("verb", "inof", ["info", "check"])) == (
-        "There is no verb 'inof'; did you mean info? There are info, check."
+        "There is no verb 'inof' (did you mean info?); there are info, check."
     )
     assert str(unknown("verb", "xyz", ["info"], ", or a file")) == "There is no verb 'xyz'; there are info, or a file."
     assert str(unknown("verb", "xyz", [])) == "There is no verb 'xyz'; there are none."
