@@ -22,6 +22,15 @@ HOME = Path(tracer.__file__).parent
 WATCHED = tuple(str(HOME / name) for name in ("files", "interrupts.py", "meta.py"))
 
 
+@pytest.fixture(autouse=True)
+def only_new_garbage():
+    """Collecting what a run leaves must not walk over all that other tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Lines:
     """Counts the lines that run in the writer's files, and sends SIGINT at one of them."""
 
