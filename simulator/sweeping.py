@@ -142,8 +142,8 @@ def sweep(
         done += len(members) * calls
         for point, run in zip(members, result.runs, strict=True):
             found[point.specs] = run_row(point.names, run)
-        save()
-    return SweepResult(path, len(missing), reused, save())
+        rows = save()
+    return SweepResult(path, len(missing), reused, rows if missing else save())
 
 
 def _points(
