@@ -55,7 +55,7 @@ def runs_frame(document: Mapping[str, Any], without: frozenset[str] = frozenset(
 
     Columns: ``run`` i64; ``series`` (acceptance and routing), ``residency``, ``hardware``, ``label`` (the first two, and the
     third where it differs among the runs); ``routing_policy``, ``residency_policy``, ``acceptance_policy`` (bare names, for
-    colours); ``estimate``; ``unique_low``, ``unique_high`` (scenario
+    colours); ``estimate``, ``over_budget``; ``unique_low``, ``unique_high`` (scenario
     bounds); every figure that is a number as f64. Parameters named in ``without`` are left out of the names.
     """
     runs = list(document.get("runs") or [])
@@ -83,13 +83,15 @@ def runs_frame(document: Mapping[str, Any], without: frozenset[str] = frozenset(
                 "residency_policy": axes["residency"][i][0],
                 "acceptance_policy": axes["acceptance"][i][0],
                 "estimate": bool(run.get("estimate")),
+                "over_budget": bool(run.get("over_budget")),
                 "unique_low": low,
                 "unique_high": high,
                 **figures.values(run.get("summary") or {}),
             }
         )
     names = ("series", "residency", "label", "hardware", "routing_policy", "residency_policy", "acceptance_policy")
-    schema: dict[str, Any] = {"run": pl.Int64} | dict.fromkeys(names, pl.String) | {"estimate": pl.Boolean}
+    schema: dict[str, Any] = {"run": pl.Int64} | dict.fromkeys(names, pl.String)
+    schema |= dict.fromkeys(("estimate", "over_budget"), pl.Boolean)
     schema |= dict.fromkeys(("unique_low", "unique_high", *figures.NUMBERS), pl.Float64)
     return pl.DataFrame(rows, schema=schema, strict=False)
 

@@ -40,9 +40,10 @@ def trace_findings(trace: TraceSummary) -> list[str]:
 
 
 def replay_findings(document: Mapping[str, Any]) -> list[str]:
-    """What the replay says about routing, residency and cost; estimates are called that."""
+    """What the replay says about routing, residency and cost; estimates are called that, and no run over its budget the best."""
     runs = runs_frame(document)
-    return _routing(runs, document) + _residency(runs) + _cost(runs)
+    within = runs.filter(~pl.col("over_budget"))
+    return _routing(runs, document) + _residency(within) + _cost(runs)
 
 
 def _routing(runs: pl.DataFrame, document: Mapping[str, Any]) -> list[str]:
@@ -89,7 +90,7 @@ def _residency(runs: pl.DataFrame) -> list[str]:
 
 def _cost(runs: pl.DataFrame) -> list[str]:
     costed = runs.drop_nulls(["tokens_per_s", "hardware"])
-    runnable = costed.filter(~pl.col("residency_policy").is_in(list(theme.BOUNDS)))
+    runnable = costed.filter(~pl.col("residency_policy").is_in(list(theme.BOUNDS)) & ~pl.col("over_budget"))
     if runnable.is_empty():
         return []
     best = runnable.sort("tokens_per_s", descending=True, maintain_order=True).row(0, named=True)

@@ -21,7 +21,8 @@ def pareto(
 ) -> pl.DataFrame:
     """The Pareto front of a sweep, by group: rows than which no other row is at least as good in all and better in one figure.
 
-    Rows that equal each other in every figure are all kept, in the order they came; a null figure is the worst there is.
+    Rows that equal each other in every figure are all kept, in the order they came; a null figure is the worst there is. Runs
+    that held more than their budget (``over_budget``) are left out: what they reach takes a larger one.
 
     Parameters
     ----------
@@ -39,6 +40,8 @@ def pareto(
     UserError
         The frame lacks a figure, one is not a number, or neither less nor more of it is better.
     """
+    if "over_budget" in frame.columns:
+        frame = frame.filter(~frame["over_budget"].fill_null(False))
     groups = [name for name in by if name in frame.columns]
     if groups and frame.height:
         parts = frame.with_row_index("_row").partition_by(groups, maintain_order=True)

@@ -8,12 +8,13 @@ same share; the automatic split by recorded load is ours.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
+from simulator.amounts import Percent, Size
 from simulator.policy import Geometry
 from tracer.errors import UserError
 
@@ -26,52 +27,89 @@ class Budgeted:
 
     Parameters
     ----------
-    budget : int, optional
-        Experts per MoE layer.
+    budget : int or Percent, optional
+        Experts per MoE layer, 0 to E, or a share of E (``25%``), rounded down.
     budget_bytes : int, optional
-        Bytes of expert weights over all MoE layers.
+        Bytes of expert weights over all MoE layers; in a spec with a unit, as ``512MB``.
+    vram : int, optional
+        Memory of the device in bytes, likewise (``24GB``); what TIDE's formula leaves of it is the budget in bytes. Policies
+        whose missing experts pass through a staging slot have the largest expert taken off first.
     vram_gib : float, optional
-        Memory of the device in GiB; what TIDE's formula leaves of it is the budget in bytes.
+        The same in GiB.
     split : str, optional
         "auto": the bytes of all layers together go to the experts with the most recorded tokens a byte, whichever layer they
         are of, so that a layer of few hot experts gets less than one whose load is spread. Without, every layer gets the same.
     """
 
-    budget: int | None = None
-    budget_bytes: int | None = None
+    budget: int | Percent | None = None
+    budget_bytes: Size | None = None
+    vram: Size | None = None
     vram_gib: float | None = None
     split: Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budget", "budget_bytes", "vram_gib"):
+        for name in ("budget", "budget_bytes", "vram", "vram_gib"):
             value = getattr(self, name)
-            if value is not None and not (0 <= value < math.inf):
+            if value is not None and not (0 <= getattr(value, "value", value) < math.inf):
                 raise UserError(f"{name}={value} is no amount of memory; give {name} a number of 0 or more.")
 
     @property
     def limited(self) -> bool:
         """Whether any budget is given."""
-        return any(v is not None for v in (self.budget, self.budget_bytes, self.vram_gib))
+        return any(v is not None for v in (self.budget, self.budget_bytes, self.device_bytes))
+
+    @property
+    def device_bytes(self) -> int | None:
+        """Memory of the device; None where neither ``vram`` nor ``vram_gib`` is given."""
+        given = (self.vram, None if self.vram_gib is None else int(self.vram_gib * GIB))
+        return min((size for size in given if size is not None), default=None)
+
+    @property
+    def staged(self) -> bool:
+        """Whether missing experts pass through a staging slot outside the budget."""
+        return False
+
+    def settled(self, geometry: Geometry) -> Self:
+        """This policy with ``budget`` as a number of experts.
+
+        Raises
+        ------
+        UserError
+            It is more than a layer has.
+        """
+        return self if self.budget is None else replace(self, budget=self._most(geometry))
+
+    def _most(self, geometry: Geometry) -> int:
+        """Experts a layer may hold by ``budget`` alone."""
+        if self.budget is None:
+            return geometry.num_experts
+        most = self.budget.of(geometry.num_experts) if isinstance(self.budget, Percent) else int(self.budget)
+        if most > geometry.num_experts:
+            raise UserError(
+                f"budget={self.budget} is out of range; give 0 to {geometry.num_experts} experts per layer."
+            )
+        return most
 
     def _bytes(self, geometry: Geometry) -> int | None:
-        """Bytes over all layers that ``budget_bytes`` and ``vram_gib`` allow; None where neither is given."""
+        """Bytes over all layers that ``budget_bytes`` and the device allow; None where neither is given."""
         allowed = [] if self.budget_bytes is None else [int(self.budget_bytes)]
-        if self.vram_gib is not None:
+        total = self.device_bytes
+        if total is not None:
             if geometry.dense_bytes is None:
                 raise UserError(
-                    "vram_gib needs the bytes of the model's other weights, and the trace's meta.json has no dense_bytes; "
+                    "vram needs the bytes of the model's other weights, and the trace's meta.json has no dense_bytes; "
                     "give budget or budget_bytes instead."
                 )
-            total = int(self.vram_gib * GIB)
+            staging = max(geometry.expert_bytes[layer] for layer in geometry.layers) if self.staged else 0
             reserve = max(int(1.5 * GIB), int(0.1 * total))
-            allowed.append(max(0, total - geometry.dense_bytes - reserve))
+            allowed.append(max(0, total - staging - geometry.dense_bytes - reserve))
         return min(allowed, default=None)
 
     def _check(self) -> None:
         if not self.limited:
             raise UserError(
                 f"{type(self).__module__.rsplit('.', 1)[-1]} needs a budget; "
-                "give it budget=EXPERTS_PER_LAYER, budget_bytes=BYTES or vram_gib=GIB."
+                "give it budget=EXPERTS_PER_LAYER, budget_bytes=BYTES or vram=24GB."
             )
 
     def experts_by_layer(self, geometry: Geometry) -> tuple[int, ...]:
@@ -88,8 +126,8 @@ class Budgeted:
         Raises
         ------
         UserError
-            No budget is given, or ``vram_gib`` is and the trace does not know ``dense_bytes``, or the budget is to be split by
-            loads that ``geometry`` does not hold.
+            No budget is given, or more than a layer has, or ``vram`` is and the trace does not know ``dense_bytes``, or the
+            budget is to be split by loads that ``geometry`` does not hold.
         """
         self._check()
         if self.split == "auto":
@@ -97,7 +135,7 @@ class Budgeted:
                 raise UserError("split=auto shares a budget out by the loads of a trace; replay one with this policy.")
             sizes = tuple(geometry.expert_bytes[one] for one in geometry.layers)
             return share_out(self._total(geometry), sizes, geometry.loads)
-        most = geometry.num_experts if self.budget is None else min(int(self.budget), geometry.num_experts)
+        most = self._most(geometry)
         allowed = self._bytes(geometry)
         if allowed is None:
             return (most,) * len(geometry.layers)
@@ -124,8 +162,7 @@ class Budgeted:
         return self._total(geometry)
 
     def _total(self, geometry: Geometry) -> int:
-        whole = geometry.num_experts if self.budget is None else min(int(self.budget), geometry.num_experts)
-        allowed = [whole * sum(geometry.expert_bytes[layer] for layer in geometry.layers)]
+        allowed = [self._most(geometry) * sum(geometry.expert_bytes[layer] for layer in geometry.layers)]
         in_bytes = self._bytes(geometry)
         if in_bytes is not None:
             allowed.append(in_bytes)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from simulator.budget import Budgeted
 from simulator.cost import CostModel
 from simulator.policy import ACTIVE, BRANCHES, CONFIDENCE, SCORES, TOKENS, WEIGHTS, Geometry
 from simulator.pricing import priced_on
@@ -141,7 +142,8 @@ def _accepted(asked: Any, routing: Any) -> Any:
 
 
 def _on(residency: Any, machine: Machine, geometry: Geometry) -> Any:
-    """A residency policy as it decides on a machine."""
+    """A residency policy as it decides for a model on a machine."""
+    residency = residency.settled(geometry) if isinstance(residency, Budgeted) else residency
     priced = hasattr(residency, "priced") and machine.cost is not None
     return residency.priced(machine.cost, geometry) if priced else residency
 

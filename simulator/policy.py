@@ -134,11 +134,13 @@ class RoutingPolicy(Protocol):
 class ResidencyPolicy(Protocol):
     """Which experts are in fast memory. State is an explicit value carried from segment to segment.
 
-    Routing and residency policies may have ``notes``, sentences that go to every run, and routing policies ``acceptance()``,
-    the acceptance policy they bring along (None: the recorded forwards), and ``recorded_in(geometry)``, whether the trace was
-    recorded under this very policy, so that its replay is no estimate.
+    Routing and residency policies may have ``notes``, sentences that go to every run, and residency policies
+    ``notes_on(geometry)``, those that depend on the model. Routing policies may have ``acceptance()``, the acceptance policy they
+    bring along (None: the recorded forwards), and ``recorded_in(geometry)``, whether the trace was recorded under this very
+    policy, so that its replay is no estimate.
 
-    ``on_demand = True`` (optional) says that it loads whatever a batch needs, so that it may hold more than its budget.
+    ``on_demand = True`` (optional) says that it fetches whatever a batch needs: through a staging slot outside its budget where
+    ``staged`` is true (optional too), else in place, so that it may hold more than its budget.
     ``ordered = False`` (optional) says that placements depend neither on the order of a cell's entries nor on their last touch.
     ``together = True`` (optional) says that a policy with scope "layer" can also serve all layers in one stream, each as it
     would alone; its ``layer`` is None then.

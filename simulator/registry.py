@@ -15,11 +15,13 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from simulator.amounts import Percent, Size, parse_percent, parse_size
 from simulator.spec import parse, split, write
 from tracer.errors import UserError, unknown
 
@@ -109,7 +111,7 @@ def spec_of(policy: Any, name: str | None = None) -> str:
 @lru_cache(maxsize=256)
 def _hints(policy: type) -> dict[str, Any]:
     """Types of a policy's parameters; evaluated once, as grids load a policy many times."""
-    return typing.get_type_hints(policy)
+    return typing.get_type_hints(policy, include_extras=True)
 
 
 def answer_of(policy: Any, method: str, *arguments: Any) -> Any:
@@ -184,7 +186,7 @@ def _policy_class(module: types.ModuleType, axis: str, name: str) -> type:
 
 
 def _value(where: str, text: str, hint: Any) -> Any:
-    """Text as the type of a field: int, float, bool, str, a Literal, or one of these or None."""
+    """Text as the type of a field: int, float, bool, str, a size, a share, a Literal, or one of these or None."""
     options = [hint]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         options = [o for o in typing.get_args(hint) if o is not type(None)]
@@ -200,15 +202,23 @@ def _value(where: str, text: str, hint: Any) -> Any:
                 return text.lower() == "true"
         else:
             try:
-                # Bytes are often written 1.5e9.
-                return int(float(text)) if option is int and float(text).is_integer() else option(text)
+                return READERS.get(option, option)(text)
             except (TypeError, ValueError, OverflowError):
                 continue
     raise UserError(f"{where}={text} is not {_wanted(options)}; give another value.")
 
 
+def _whole(text: str) -> int:
+    # Large numbers are often written 1.5e9.
+    return int(float(text)) if float(text).is_integer() else int(text)
+
+
+READERS: dict[Any, Callable[[str], Any]] = {int: _whole, Size: parse_size, Percent: parse_percent}
+
+
 def _wanted(options: list[Any]) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    names |= {Size: "a size such as 512MB or 24GiB", Percent: "a share such as 25%"}
     return " or ".join(
         " or ".join(map(str, typing.get_args(o))) if typing.get_origin(o) is Literal else names.get(o, str(o))
         for o in options

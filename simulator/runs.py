@@ -58,10 +58,16 @@ def make_runs(
         notes = [trust, *trajectory_notes]
         for policy in (one.routing, one.residency):
             notes += getattr(policy, "notes", ())
-        notes += budget_notes(one.residency, geometry, tally.resident_bytes)
+        notes += one.residency.notes_on(geometry) if hasattr(one.residency, "notes_on") else ()
+        over_budget, of_budget = budget_notes(one.residency, geometry, tally.resident_bytes)
+        notes += of_budget
         notes += [INTERVAL] if of_routing["unique_experts_ci95"] else []
         notes += [one.machine.note] if one.machine.note else []
-        notes += memory_notes(one.machine.cost, tally.resident_bytes) if one.machine.cost is not None else []
+        notes += (
+            memory_notes(one.machine.cost, tally.resident_bytes + tally.staging_bytes)
+            if one.machine.cost is not None
+            else []
+        )
         accepted = int(routed[branch].accepted.sum()) if routed[branch].accepted_known else 0
         latency = tally.latency(one.machine.cost, accepted)
         runs.append(
@@ -73,6 +79,7 @@ def make_runs(
                 hardware=one.machine.spec,
                 summary={**of_routing, **tally.summary(of_routing["assignments"]), **latency},
                 estimate=estimate,
+                over_budget=over_budget,
                 bounds=routed[branch].bounds(),
                 notes=notes,
             )
@@ -99,8 +106,8 @@ def trusted(routing: Any, geometry: Geometry, simulated: bool) -> tuple[bool, st
     return estimate, SIMULATED if simulated else OPEN_LOOP if estimate else EXACT
 
 
-def budget_notes(residency: Any, geometry: Geometry, resident_bytes: int) -> list[str]:
-    """What there is to say of a policy's budget: what shared it out, and that a cache held more than it.
+def budget_notes(residency: Any, geometry: Geometry, resident_bytes: int) -> tuple[bool, list[str]]:
+    """Whether a cache held more than its budget, and what there is to say of it: that, and what shared it out.
 
     Parameters
     ----------
@@ -113,30 +120,32 @@ def budget_notes(residency: Any, geometry: Geometry, resident_bytes: int) -> lis
     """
     limited = isinstance(residency, Budgeted) and residency.limited
     if not limited:
-        return []
+        return False, []
     known = residency.split is not None and getattr(residency, "fit_on", None) is None
     found = [SPLIT] if known else []
     if residency.scope == "global":
         allowed = residency.total_bytes(geometry)
     elif getattr(residency, "fit_on", None) is not None:
-        return found
+        return False, found
     else:
         sizes = (geometry.expert_bytes[layer] for layer in geometry.layers)
         allowed = sum(map(operator.mul, residency.experts_by_layer(geometry), sizes))
-    empty = not allowed and residency.vram_gib
+    device = residency.device_bytes
+    empty = not allowed and device
     outgrown = getattr(residency, "on_demand", False) and resident_bytes > allowed
     name = describe(residency)["name"] if empty or outgrown else ""
     if empty:
         found.append(
-            f"vram_gib={residency.vram_gib:g} leaves {name} no room for experts after other weights and the reserve."
+            f"A device of {device / 1e9:.4g} GB leaves {name} no room for experts after other weights"
+            f"{', the staging slot' if residency.staged else ''} and the reserve."
         )
     if outgrown:
         found.append(
-            f"{name} held up to {resident_bytes / 1e6:.4g} MB, more than its budget of {allowed / 1e6:.4g} MB: it loads all "
-            "that a batch needs and evicts none of it before the next batch, so a budget below a batch's unique experts acts "
+            f"Over budget: {name} held up to {resident_bytes / 1e6:.4g} MB, more than its budget of {allowed / 1e6:.4g} MB: "
+            "under hold=batch all that a batch needs stays until the next one, so a budget below a batch's unique experts acts "
             "like a larger one."
         )
-    return found
+    return outgrown, found
 
 
 def memory_notes(cost: CostModel, resident_bytes: int) -> list[str]:
@@ -147,7 +156,7 @@ def memory_notes(cost: CostModel, resident_bytes: int) -> list[str]:
     cost : CostModel
         Of the machine and the model.
     resident_bytes : int
-        Bytes of routed experts held at most.
+        Bytes of routed experts held at most, with the staging slot.
     """
     machine = cost.hardware
     if resident_bytes + cost.dense_bytes <= machine.gpu_memory_bytes:
@@ -155,7 +164,7 @@ def memory_notes(cost: CostModel, resident_bytes: int) -> list[str]:
     return [
         f"Does not fit: {resident_bytes / 1e9:.4g} GB of experts and {cost.dense_bytes / 1e9:.4g} GB of other weights are more "
         f"than the {machine.gpu_memory_bytes / 1e9:.4g} GB of {machine.name}; latency and speed are those of a GPU like it "
-        "with room for them. vram_gib gives a residency policy the budget that fits."
+        "with room for them. vram gives a residency policy the budget that fits."
     ]
 
 

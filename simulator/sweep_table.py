@@ -95,7 +95,7 @@ def run_row(names: Row, run: Run) -> Row:
             row |= _ends(key, value)
         else:
             row[key] = value
-    row["estimate"] = run.estimate
+    row["estimate"], row["over_budget"] = run.estimate, run.over_budget
     for key in ("tokens_per_forward", "unique_experts"):
         row |= _ends(f"bounds.{key}", (run.bounds or {}).get(key))
     row["notes"] = list(run.notes)

@@ -60,5 +60,4 @@ def demo(
         rows = [(trace.meta.model.id, names, result) for trace, result in zip(traces, results, strict=True)]
         print_table(run_table(rows), elsewhere="the report")
         typer.echo("Rows in italics are estimates: other experts or other forwards than the recorded ones.")
-        typer.echo("held: expert weights in fast memory at most; a cache that loads on demand may outgrow its budget.")
     typer.echo(f"The report is {report.resolve()}" if shown else str(report))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from analysis.progress import bar
-from analysis.verbs import HARDWARE, Force, Json, Quiet, TracePath, print_json, print_table
+from analysis.verbs import HARDWARE, Force, Json, Quiet, TracePath, counted, print_json, print_table
 
 GROUP = "Ask"
 
@@ -56,6 +56,8 @@ def sweep(
         return
     if not quiet:
         print_table(front_table(front), opened.notes, str(result.path))
+    over = sum(row["over_budget"] for row in result.rows)
     typer.echo(
         f"{result.path}: {len(result.rows)} runs, {result.computed} computed now; {front.height} of them on the Pareto front"
+        + (f", which leaves out {counted(over, 'run')} that held more than the budget" if over else "")
     )

@@ -14,6 +14,7 @@ from tracer.jit import njit
 
 # Room for 2 ** 40 lookups below a use, and for 2 ** 23 batches above them.
 USE = 1 << 40
+LAST = np.iinfo(np.int64).max
 
 
 class Ranked(NamedTuple):
@@ -87,9 +88,22 @@ def _evict_others(cache, base, heaped, listed, forget, last_batch, batch):
 
 @njit
 def serve(
-    offsets, experts, cell_layer, sizes, last_touch, forget, lookups, capacity, cache, hit, promoted, demoted, peak
+    offsets,
+    experts,
+    cell_layer,
+    sizes,
+    whole,
+    last_touch,
+    forget,
+    lookups,
+    capacity,
+    cache,
+    hit,
+    promoted,
+    demoted,
+    peak,
 ):
-    """Serve batches on demand: load the missing, evict after the batch by least priority, never what the batch touched.
+    """Serve batches on demand: fetch the missing, evict after the batch by least priority, none of a batch that stays whole.
 
     A key's priority is its uses, then its last touch; no touch makes it smaller while it is held. ``lookups`` is the number of
     those before the stream; ``forget``: an evicted key's uses start anew. Arrays are taken out of the cache, counters kept
@@ -119,7 +133,9 @@ def serve(
         keys_held += missed
         promoted[c] = missed
         peak[0, c], peak[1, c] = keys_held, size_held
-        if size_held > room and size * (stop - start) > room:
+        # The batch that is not evicted; there is none of the last number.
+        spared, crowded = c if whole else len(offsets), size_held > room
+        if whole and size_held > room and size * (stop - start) > room:
             _evict_others(cache, base, heaped, listed, forget, last_batch, c)
             size_held, keys_held, heaped, listed = size * (stop - start), stop - start, 0, 0
         elif size_held > room:
@@ -127,17 +143,40 @@ def serve(
                 key = np.uint64(waiting[base + j])
                 waits[key] = False
                 # The batch's own keys wait again after it.
-                if last_batch[key] != c:
+                if last_batch[key] != spared:
                     _rise(heap_priority, heap_key, base, heaped, priority[key], waiting[base + j])
                     queued[key] = True
                     heaped += 1
             listed = 0
+            if not whole:
+                while heaped > 0 and priority[heap_key[base]] > heap_priority[base]:
+                    _sink(heap_priority, heap_key, base, heaped, priority[heap_key[base]], heap_key[base])
+                least = heap_priority[base] if heaped > 0 else LAST
+                low = 0
+                for i in range(np.uint64(start), np.uint64(stop)):
+                    low += not hit[i] and priority[first + np.uint64(experts[i])] < least
+                # Missing keys below all that were held go first: where all of them must, in no order and without the heap.
+                if low * size > size_held - room:
+                    low, least = 0, 0
+                for i in range(np.uint64(start), np.uint64(stop)):
+                    key = first + np.uint64(experts[i])
+                    if hit[i]:
+                        continue
+                    if priority[key] < least:
+                        inside[key] = False
+                        uses[key] = 0 if forget else uses[key]
+                    else:
+                        _rise(heap_priority, heap_key, base, heaped, priority[key], np.int64(key))
+                        queued[key] = True
+                        heaped += 1
+                size_held -= low * size
+                keys_held -= low
             while size_held > room and heaped > 0:
                 entry, key = heap_priority[base], np.uint64(heap_key[base])
-                if last_batch[key] != c and priority[key] > entry:
+                if last_batch[key] != spared and priority[key] > entry:
                     _sink(heap_priority, heap_key, base, heaped, priority[key], heap_key[base])
                     continue
-                if last_batch[key] != c:
+                if last_batch[key] != spared:
                     inside[key] = False
                     uses[key] = 0 if forget else uses[key]
                     size_held -= sizes[key // num_experts] if len(sizes) > 1 else size
@@ -148,10 +187,13 @@ def serve(
                     last = base + np.uint64(heaped)
                     _sink(heap_priority, heap_key, base, heaped, heap_priority[last], heap_key[last])
         demoted[c] = peak[0, c] - keys_held
-        for i in range(np.uint64(start), np.uint64(stop)):
-            key = first + np.uint64(experts[i])
-            if not waits[key] and not queued[key]:
-                waits[key] = True
-                waiting[base + np.uint64(listed)] = np.int64(key)
-                listed += 1
+        if whole or not crowded:
+            for i in range(np.uint64(start), np.uint64(stop)):
+                key = first + np.uint64(experts[i])
+                if not waits[key] and not queued[key]:
+                    waits[key] = True
+                    waiting[base + np.uint64(listed)] = np.int64(key)
+                    listed += 1
+        if not whole:
+            peak[0, c], peak[1, c] = max(held[own, 1], keys_held), max(held[own, 0], size_held)
         held[own, 0], held[own, 1], held[own, 2], held[own, 3] = size_held, keys_held, heaped, listed

@@ -26,7 +26,7 @@ class LruCurve(Watcher):
     Parameters
     ----------
     policies : sequence of simulator.residency.lru.Lru
-        Of scope "layer" and any budgets.
+        Of scope "layer", hold "budget" and any budgets.
     geometry : Geometry
         Of the trace.
     """
@@ -41,7 +41,6 @@ class LruCurve(Watcher):
         self._stacks = [empty_stack(geometry.num_experts) for _ in range(layers)]
         # By the smallest capacity that hits, and last what none holds: tokens and experts.
         self._counts = np.zeros((layers, len(KINDS), number + 1, 2), np.int64)
-        self._most = np.zeros((layers, number), np.int64)
         self._lookups = np.zeros((layers, len(KINDS)), np.int64)
 
     def begin(self, view: View) -> None:
@@ -53,7 +52,7 @@ class LruCurve(Watcher):
         stream = routed.stream
         kinds = self._kind[stream.cell_forward]
         batches = stream.offsets, stream.experts, stream.tokens, stream.last_touch, kinds
-        serve_stack(*batches, self._capacities, self._stacks[at], self._counts[at], self._most[at])
+        serve_stack(*batches, self._capacities, self._stacks[at], self._counts[at])
         self._lookups[at] += lookups_by_kind(stream, kinds)
 
     def result(self) -> dict[Any, PlacementTally]:
@@ -62,18 +61,18 @@ class LruCurve(Watcher):
         return {policy: self._tally(policy, n, hits) for n, policy in enumerate(self.policies)}
 
     def _tally(self, policy: Any, number: int, hits: np.ndarray) -> PlacementTally:
-        made = PlacementTally(self.geometry, policy.scope)
+        made = PlacementTally(self.geometry, policy.scope, staged=policy.staged)
         for at, capacity in enumerate(self._budgets[number]):
             column = int(np.searchsorted(self._capacities, capacity))
             of_layer, hit = made.totals[at], hits[at, :, column]
             missed = int(self._lookups[at].sum() - hit[:, 1].sum())
-            seen, last = self._stacks[at].now[1:]
+            held = min(capacity, self._stacks[at].now[1])
             of_layer[0, tally.GPU_TOKENS] = self._counts[at, ..., 0].sum()
             of_layer[0, tally.HIT_TOKENS] = hit[:, 0].sum()
             of_layer[0, tally.PROMOTIONS] = missed
-            # What was loaded is there still or was evicted.
-            of_layer[0, tally.DEMOTIONS] = missed - max(last, min(capacity, seen))
+            # What was fetched is there still or was evicted.
+            of_layer[0, tally.DEMOTIONS] = missed - held
             of_layer[:, tally.HIT_EXPERTS] = hit[:, 1]
             of_layer[:, tally.LOOKUPS] = self._lookups[at]
-            made.held[at] = self._most[at, column] * made.sizes[at]
+            made.held[at] = held * made.sizes[at]
         return made

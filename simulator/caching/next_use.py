@@ -66,11 +66,11 @@ def note_first(offsets, experts, cell_layer, several, cells, first):
 
 
 @njit
-def note_places(offsets, experts, cell_layer, sizes, caches, place_of, places, after):
+def note_places(offsets, experts, cell_layer, sizes, whole, caches, place_of, places, after):
     """For every lookup [D] the place of its key's next one; ``place_of`` is that after the stream [keys], then before it.
 
-    A cell's lowest key comes first. ``after`` [cells] takes how many lookups come after the cell in its cache. Gives how many
-    there are in each, int64 [C].
+    Of a cell's places the lowest is that of its lowest key where batches stay ``whole``, else of its highest. ``after`` [cells]
+    takes how many lookups come after the cell in its cache. Gives how many there are in each, int64 [C].
     """
     num_experts = len(place_of) // len(sizes)
     so_far = np.zeros(caches, np.int64)
@@ -86,15 +86,17 @@ def note_places(offsets, experts, cell_layer, sizes, caches, place_of, places, a
             e = np.uint64(experts[i])
             places[i] = place_of[first + e]
             seen[e >> np.uint64(6)] |= np.uint64(1) << (e & np.uint64(63))
-        place = share + so_far[own]
+        number = offsets[c + 1] - offsets[c]
+        step = 1 if whole else -1
+        place = share + so_far[own] + (0 if whole else number - 1)
         for w in range(np.uint64(len(seen))):
             left = seen[w]
             while left != 0:
                 place_of[first + (w << np.uint64(6)) + lowest_bit(left)] = place
-                place += 1
+                place += step
                 left &= left - np.uint64(1)
             seen[w] = 0
-        so_far[own] = place - share
+        so_far[own] += number
     return so_far
 
 
@@ -113,6 +115,17 @@ def _put(first, words, own, lowest, key_of, low, middle, high, place, key):
 
 
 @njit
+def _put_batch(c, offsets, experts, first, places, queue, own, lowest):
+    """Let a batch's keys wait for their next places."""
+    firsts, words, _, key_of, (low, middle, high) = queue
+    first_place = np.uint64(firsts[own])
+    for i in range(np.uint64(offsets[c]), np.uint64(offsets[c + 1])):
+        key = first + np.uint64(experts[i])
+        lowest = _put(first_place, words, own, lowest, key_of, low, middle, high, np.uint64(places[i]), key)
+    return lowest
+
+
+@njit
 def _wait_again(cache, queue, place_of):
     """Let what is held when a stream begins wait for its first lookup."""
     inside, held = cache
@@ -127,9 +140,23 @@ def _wait_again(cache, queue, place_of):
 
 @njit
 def serve(
-    offsets, experts, cell_layer, sizes, places, after, place_of, queue, capacity, cache, hit, promoted, demoted, peak
+    offsets,
+    experts,
+    cell_layer,
+    sizes,
+    whole,
+    places,
+    after,
+    place_of,
+    queue,
+    capacity,
+    cache,
+    hit,
+    promoted,
+    demoted,
+    peak,
 ):
-    """Serve batches on demand: load the missing, evict after the batch from the lowest place on, never what the batch touched.
+    """Serve batches on demand: fetch the missing, evict after the batch from the lowest place on, none of one that stays whole.
 
     ``places`` and ``after`` are :func:`note_places`'s, and ``place_of`` what it left.
     """
@@ -154,11 +181,13 @@ def serve(
             inside[key] = True
         size_held = held[own, 0] + missed * size
         promoted[c] = missed
-        held[own, 1] += missed
-        peak[0, c], peak[1, c] = held[own, 1], size_held
+        number = held[own, 1] + missed
+        peak[0, c], peak[1, c] = number, size_held
         # From here on places are the batch's own, or past.
         end = np.uint64(share + after[c])
         top, gone = lowest[own], 0
+        if not whole:
+            top = _put_batch(c, offsets, experts, first, places, queue, own, top)
         end_top = np.int64(end >> np.uint64(18))
         while size_held > capacity[own]:
             while top <= end_top and high[high_from + top] == 0:
@@ -184,9 +213,8 @@ def serve(
             size_held -= sizes[key // num_experts] if len(sizes) > 1 else size
             gone += 1
         demoted[c] = gone
-        held[own, 0] = size_held
-        held[own, 1] -= gone
-        for i in range(start, stop):
-            key = first + np.uint64(experts[i])
-            top = _put(first_place, words, own, top, key_of, low, middle, high, np.uint64(places[i]), key)
-        lowest[own] = top
+        if whole:
+            top = _put_batch(c, offsets, experts, first, places, queue, own, top)
+        else:
+            peak[0, c], peak[1, c] = max(held[own, 1], number - gone), max(held[own, 0], size_held)
+        held[own, 0], held[own, 1], lowest[own] = size_held, number - gone, top

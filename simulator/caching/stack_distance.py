@@ -1,15 +1,12 @@
 """Distances down the stack of an LRU cache: at which capacities an expert is still held when it is needed again.
 
 Source: R. L. Mattson et al., "Evaluation techniques for storage hierarchies", IBM Systems Journal 9(2), 1970, carried over to
-the batch rules of ``residency/lru.py``. Experts form a stack, the last touched on top. A cache of any capacity holds just the
-last batch and the longest top part of the stack that fits the capacity, by induction over batches:
+batches whose leavings fit the capacity (``caching/demand.py``, hold "budget"). Experts form a stack, the last touched on top. A
+cache of any capacity holds just the top of the stack, by induction over batches: a batch goes on top, and an expert below it has
+no less above it than before, so one among the top ones now was among them then and held, or is of the batch.
 
-* A batch goes on top and is not evicted, and the oldest are evicted first, so what is held is a top part of the stack.
-* An untouched expert has no less above it than before the batch. So one in the part that fits now was in the part that fitted
-  then, was held, and is not evicted, as eviction stops at that part.
-
-An expert therefore hits at every capacity if the batch before touched it, and otherwise from its distance on: itself and those
-above it before its batch. What lies above an expert is counted in bits, one a touch, set while it is its expert's last.
+An expert therefore hits from its distance on: itself and those above it when the batch before has ended. What lies above an
+expert is counted in bits, one a touch, set while it is its expert's last.
 
 Example: batches {a, b}, {c}, {a}. Before the third the stack is c, b, a from the top: a is third, so it hits from capacity 3
 on; at 2 the cache holds c and b.
@@ -33,57 +30,45 @@ class Stack(NamedTuple):
 
     touch: np.ndarray  # int32 [E], the slot of the expert's last touch, -1 never touched
     live: np.ndarray  # uint64 [S / 64], a bit a slot: it holds the last touch of an expert
-    now: np.ndarray  # int64 [3]: slots filled so far, experts touched so far, and by the last batch
+    now: np.ndarray  # int64 [2]: slots filled so far, experts touched so far
 
 
 def empty_stack(num_experts: int, room: int = ROOM) -> Stack:
     """A stack nothing has been put on; ``room`` slots an expert, at least 2."""
     slots = np.zeros(-(-room * num_experts // 64), np.uint64)
-    return Stack(np.full(num_experts, -1, np.int32), slots, np.zeros(3, np.int64))
+    return Stack(np.full(num_experts, -1, np.int32), slots, np.zeros(2, np.int64))
 
 
 @njit
-def serve_stack(offsets, experts, tokens, last_touch, kinds, capacities, stack, counts, most):
+def serve_stack(offsets, experts, tokens, last_touch, kinds, capacities, stack, counts):
     """Put a stream's batches on a stack.
 
-    Tokens and entries are added to ``counts`` [kinds, C + 1, 2] by the first of the ascending ``capacities`` [C] that hits;
-    ``most`` [C] takes the experts held at most, a batch with what it has not evicted yet.
+    Tokens and entries are added to ``counts`` [kinds, C + 1, 2] by the first of the ascending ``capacities`` [C] that hits.
     """
     touch, live, now = stack
     words = len(live)
     # Experts from the start of a word on, counted as far down as a batch asks.
     above = np.zeros(words + 1, np.int64)
     first_fit = _first_fits(capacities, len(touch))
-    hits_from = np.zeros(len(capacities) + 1, np.int64)
     for c in range(len(offsets) - 1):
         first, stop = offsets[c], offsets[c + 1]
-        top, seen, newest = now[0], now[1], now[0] - now[2]
+        top = now[0]
         summed = (top + 63) >> 6
         above[summed] = 0
-        fresh = np.int64(0)
         of_kind = counts[kinds[c]]
         for i in range(first, stop):
             old = np.int64(touch[experts[i]])
             at = len(capacities)
-            if old >= newest:
-                at = 0
-            elif old >= 0:
+            if old >= 0:
                 word, bit = old >> 6, np.uint64(old & 63)
                 while summed > word + 1:
                     summed -= 1
                     above[summed] = above[summed + 1] + np.int64(popcount(live[summed]))
                 # The expert's own bit is the last that is left.
                 at = first_fit[above[word + 1] + np.int64(popcount(live[word] >> bit))]
-            fresh += old < 0
-            hits_from[at] += 1
+            now[1] += old < 0
             of_kind[at, 0] += tokens[i]
             of_kind[at, 1] += 1
-        missed = stop - first
-        for n in range(len(capacities)):
-            missed -= hits_from[n]
-            most[n] = max(most[n], max(now[2], min(capacities[n], seen)) + missed)
-            hits_from[n] = 0
-        hits_from[len(capacities)] = 0
         if top + stop - first > 64 * words:
             top = _pack(touch, live)
         for i in range(first, stop):
@@ -93,7 +78,7 @@ def serve_stack(offsets, experts, tokens, last_touch, kinds, capacities, stack, 
             touch[experts[i]] = top + last_touch[i]
         for slot in range(top, top + stop - first):
             live[slot >> 6] |= np.uint64(1) << np.uint64(slot & 63)
-        now[0], now[1], now[2] = top + stop - first, seen + fresh, stop - first
+        now[0] = top + stop - first
 
 
 @njit

@@ -1,8 +1,12 @@
 """Belady's clairvoyant cache: as lru, but the experts whose next use is farthest away are evicted first.
 
-Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966; the
-bound for caches that load on demand. Experts that are never needed again go first, ties to the lowest layer and id. With
-batches that cannot be evicted and layers of unequal bytes it is a bound in practice, not a proven one.
+Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966. Experts
+rank by their next batch, the soonest first, those never needed again last, ties to the lowest layer and id (where batches stay
+whole, ``hold=batch``, it is the lowest that is evicted first). What a batch leaves behind: ``caching/demand.py``.
+
+Where what is held fits the budget and all experts are of one size, no cache of that budget fetches fewer experts, whatever it
+keeps. That is no bound on token-slots that hit, as one expert may serve more tokens than another, and none where experts are of
+unequal bytes or batches stay whole.
 """
 
 from __future__ import annotations
@@ -18,6 +22,12 @@ from simulator.caching.next_use import NEVER, Resident, empty, note_first, note_
 from simulator.policy import ExpertStream, Geometry, Placement
 from tracer.trace import ForwardTable
 
+BOUND = (
+    "belady knows the future, so it is not something to run: no cache of this budget fetches fewer experts, which is a bound on "
+    "fetches, not on token-slots that hit."
+)
+CLAIRVOYANT = "belady is clairvoyant, so it is not something to run; with {} it is no bound either."
+
 
 class LookAhead(NamedTuple):
     """What a stream needs to know of those after it."""
@@ -32,7 +42,13 @@ class Belady(DemandCache):
 
     passes: ClassVar[int] = 2
     ordered: ClassVar[bool] = False
-    notes: ClassVar[tuple[str, ...]] = ("belady knows the future: a bound, not something to run.",)
+
+    def notes_on(self, geometry: Geometry) -> tuple[str, ...]:
+        """What its figures say: the fewest fetches there are, or less."""
+        sizes = {geometry.expert_bytes[layer] for layer in geometry.layers}
+        if self.hold == "budget" and (self.scope == "layer" or len(sizes) == 1):
+            return (BOUND,)
+        return (CLAIRVOYANT.format("batches that stay whole" if self.hold == "batch" else "experts of unequal bytes"),)
 
     def start(self, geometry: Geometry, layer: int | None) -> Any:
         """State of a run that needs nothing."""
@@ -71,12 +87,14 @@ class Belady(DemandCache):
         known = ahead[0] if ahead else LookAhead(0, np.full(keys, NEVER, np.uint32))
         if known.lookups != number:
             raise ValueError(f"The state knows the next use of {known.lookups} lookups, the stream has {number}.")
-        # After the stream: what is needed last goes first, ties to the lowest key.
-        order = np.argsort(~known.later.reshape(len(capacity), -1), axis=1, kind="stable")
-        place_of = np.argsort(order, axis=1).reshape(-1).astype(np.uint32)
+        whole = self.hold == "batch"
+        # After the stream: what is needed last goes first, ties to the lowest key of whole batches, else to the highest.
+        later = known.later.reshape(len(capacity), -1)
+        order = np.argsort(~later if whole else later, axis=1, kind="stable")
+        place_of = np.argsort(order if whole else order[:, ::-1], axis=1).reshape(-1).astype(np.uint32)
         places, after = np.empty(number, np.uint32), np.empty(len(stream.cell_forward), np.int64)
-        cells = stream.offsets, stream.experts, stream.cell_layer
-        lookups = note_places(*cells, sizes, len(capacity), place_of, places, after)
+        cells = stream.offsets, stream.experts, stream.cell_layer, sizes
+        lookups = note_places(*cells, whole, len(capacity), place_of, places, after)
         known_places = places, after, place_of, queues(lookups, keys)
         placement = self.served(serve, stream, sizes, *known_places, capacity, cache)
         return placement, (cache, capacity, sizes, ahead[1:])

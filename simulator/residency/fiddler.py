@@ -104,4 +104,4 @@ class Fiddler(Budgeted):
         return Placement(hit, hit | copied, moved, moved, np.zeros_like(moved), held), state
 
     def _static(self) -> Static:
-        return Static(self.budget, self.budget_bytes, self.vram_gib, self.split)
+        return Static(self.budget, self.budget_bytes, self.vram, self.vram_gib, self.split)

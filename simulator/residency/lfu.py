@@ -1,7 +1,7 @@
 """Least frequently used: as lru, but the experts needed by the fewest batches so far are evicted first.
 
 Source: BigMoeOnEdge's replay (github Helldez/BigMoeOnEdge): a use is one batch that needs the expert, uses are not forgotten
-unless asked to be, ties go to the least recently used.
+unless asked to be, ties go to the least recently used. What a batch leaves behind: ``caching/demand.py``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Least recently used: a missing expert is loaded and runs on the GPU; after the batch the experts unused longest are evicted.
+"""Least recently used: a missing expert is fetched and runs on the GPU; after the batch the experts unused longest are evicted.
 
-Source: Mixtral-Offload (arXiv 2312.17238), a cache of B experts a layer; batch rules as BigMoeOnEdge's replay (github
-Helldez/BigMoeOnEdge): one lookup per distinct expert of a (forward, layer), a repeat only promotes, eviction runs after the
-batch and never evicts what the batch touched, so a batch larger than the budget stays whole until the next one.
+Source: Mixtral-Offload (arXiv 2312.17238), a cache of B experts a layer. Experts rank by their latest batch, then by their last
+touch in it: a repeat only makes an expert more recent. What a batch leaves behind: ``caching/demand.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Lru(DemandCache):
         """What serves many budgets in one pass, where each layer has a cache of its own."""
         from simulator.caching.lru_curve import LruCurve
 
-        return LruCurve if self.scope == "layer" else None
+        return LruCurve if self.scope == "layer" and self.hold == "budget" else None
 
     def start(self, geometry: Geometry, layer: int | None) -> tuple[Recency, np.ndarray, np.ndarray]:
         """Empty caches, their capacities in experts (scope "layer") or bytes, and the sizes of experts likewise."""
@@ -76,7 +75,7 @@ def _pack(queue, latest, base, first, end):
 
 
 @njit
-def _serve(offsets, experts, cell_layer, sizes, last_touch, capacity, cache, hit, promoted, demoted, peak):
+def _serve(offsets, experts, cell_layer, sizes, whole, last_touch, capacity, cache, hit, promoted, demoted, peak):
     queue, latest, inside, held = cache
     room = len(queue) // len(held)
     num_experts = np.uint64(len(inside) // len(sizes))
@@ -102,11 +101,12 @@ def _serve(offsets, experts, cell_layer, sizes, last_touch, capacity, cache, hit
             queue[base + at] = key
         size_held = held[own, 0] + missed * size
         promoted[c] = missed
-        held[own, 1] += missed
-        peak[0, c], peak[1, c] = held[own, 1], size_held
-        # The queue ends before the batch here, so nothing it touched can be evicted.
-        gone = 0
-        while size_held > capacity[own] and oldest < end:
+        before, number = held[own, 1], held[own, 1] + missed
+        peak[0, c], peak[1, c] = number, size_held
+        gone, newest = 0, end + stop - start
+        # Where the queue ends before the batch, nothing it touched can be evicted.
+        last = end if whole else newest
+        while size_held > capacity[own] and oldest < last:
             key = np.uint64(queue[base + np.uint64(oldest)])
             counts = latest[key] == oldest
             inside[key] &= not counts
@@ -114,5 +114,6 @@ def _serve(offsets, experts, cell_layer, sizes, last_touch, capacity, cache, hit
             gone += counts
             oldest += 1
         demoted[c] = gone
-        held[own, 0], held[own, 2], held[own, 3] = size_held, oldest, end + stop - start
-        held[own, 1] -= gone
+        if not whole:
+            peak[0, c], peak[1, c] = max(before, number - gone), max(held[own, 0], size_held)
+        held[own, 0], held[own, 1], held[own, 2], held[own, 3] = size_held, number - gone, oldest, newest

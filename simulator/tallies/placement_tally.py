@@ -39,10 +39,10 @@ class PlacementTally:
     A segment is :meth:`begin`, :meth:`serve` of every stream, side by side where streams are single layers, :meth:`end`.
     """
 
-    def __init__(self, geometry: Geometry, scope: str, costs: Sequence[CostModel] = ()) -> None:
+    def __init__(self, geometry: Geometry, scope: str, costs: Sequence[CostModel] = (), staged: bool = False) -> None:
         layers = len(geometry.layers)
         self.sizes = np.array([geometry.expert_bytes[layer] for layer in geometry.layers], np.int64)
-        self.scope = scope
+        self.scope, self.staged = scope, staged
         self.costs = costs
         self.totals = np.zeros((layers, len(KINDS), len(TOTALS)), np.int64)
         self.held = np.zeros(layers, np.int64)
@@ -143,6 +143,7 @@ class PlacementTally:
             "bytes_to_gpu": int(of_layer[:, PROMOTIONS] @ self.sizes),
             "bytes_to_host": int(of_layer[:, COPIED_BACK] @ self.sizes),
             "resident_bytes": self.resident_bytes,
+            "staging_bytes": self.staging_bytes,
             "gpu_tokens_per_promotion": ratio(gpu, promotions),
             "refreshes": refreshes if refreshes else None,
             "surplus_refreshes": ratio(surplus, refreshes),
@@ -159,6 +160,12 @@ class PlacementTally:
     def resident_bytes(self) -> int:
         """What was held at most: every layer's slots are its own and add up, one cache over all layers has one most."""
         return int(self.held.max() if self.scope == "global" else self.held.sum())
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of the slot that missing experts pass through: the largest one fetched; 0 where none is, or they are loaded in place."""
+        fetched = self.totals[..., PROMOTIONS].any(axis=1)
+        return int(self.sizes[fetched].max(initial=0)) if self.staged else 0
 
     def latency(self, priced: CostModel | None, accepted: int) -> dict[str, Any]:
         """The latency keys on one of the cost models; all null without one. ``speedup`` is the result's to fill."""

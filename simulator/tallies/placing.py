@@ -46,7 +46,7 @@ class Placing(Watcher):
         self.passes = policy.passes
         # Seconds are added up in the order of entries, and another order rounds them otherwise.
         self.ordered = bool(costs) or getattr(policy, "ordered", True)
-        self.tally = PlacementTally(geometry, policy.scope, costs)
+        self.tally = PlacementTally(geometry, policy.scope, costs, getattr(policy, "staged", False))
         # One state for all layers, or one each.
         self.together = policy.scope == "global"
         self._states: dict[int | None, Any] = {}

@@ -1,9 +1,9 @@
-"""lru, lfu and belady against an OrderedDict and sets, and against what a phone's replay reported."""
+"""lru, lfu and belady against lists and loops, and Belady's against every other way to fill a cache."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -12,14 +12,78 @@ from hypothesis import strategies as st
 
 from simulator.policy import ExpertStream
 from simulator.registry import load_policy
+from simulator.residency.belady import BOUND
 from tests.made_up.tables import geometry, naive_cell, plain_forwards, stream_of
 from tracer.errors import UserError
 
 E = 6
 
 
+def naive_cache(cells, layers, sizes, capacity, rank, forget=False):
+    """What fits the budget is kept at a cell's end, the least ``rank(key, cell, touches)`` first; sizes by layer.
+
+    ``touches``: of every cell its keys in order of last touch. Returns per cell (hits, promotions, demotions, held at most,
+    their bytes). ``forget``: the rank of a key does not know the touches before it was fetched.
+    """
+    touches = [[(layer, e) for e in naive_cell(rows)[2]] for layer, rows in zip(layers, cells, strict=True)]
+    held, fetched, answers = [], {}, []
+    for c, (layer, rows) in enumerate(zip(layers, cells, strict=True)):
+        first, _, _ = naive_cell(rows)
+        hits = [(layer, e) in held for e in first]
+        missed = [key for key in touches[c] if key not in held]
+        fetched |= dict.fromkeys(missed, c if forget else 0)
+
+        def place(key, c=c):
+            seen = [[k for k in keys if k != key or at >= fetched[key]] for at, keys in enumerate(touches)]
+            return rank(key, c, seen)
+
+        after = []
+        for key in sorted([*held, *missed], key=place):
+            if sum(sizes[one[0]] for one in [*after, key]) > capacity:
+                break
+            after.append(key)
+        number = max(len(held), len(after))
+        size = max(sum(sizes[at] for at, _ in keys) for keys in (held, after))
+        answers.append((hits, len(missed), len(missed) + len(held) - len(after), number, size))
+        held = after
+    return answers
+
+
+def latest(key, cell, touches):
+    """Latest cell first, then latest last touch in it."""
+    at = max(c for c in range(cell + 1) if key in touches[c])
+    return -at, -touches[at].index(key)
+
+
 def naive_lru(cells, layers, sizes, capacity):
-    """Keys in an OrderedDict, oldest first; sizes by layer. Returns per cell (hits, promotions, demotions, held, bytes)."""
+    return naive_cache(cells, layers, sizes, capacity, latest)
+
+
+def most_cells(key, cell, touches):
+    """Most cells first, ties as LRU."""
+    return -sum(key in keys for keys in touches[: cell + 1]), *latest(key, cell, touches)
+
+
+def naive_lfu(cells, layers, sizes, capacity):
+    return naive_cache(cells, layers, sizes, capacity, most_cells)
+
+
+def naive_forgetful_lfu(cells, layers, sizes, capacity):
+    """LFU whose uses start anew when a key is fetched again."""
+    return naive_cache(cells, layers, sizes, capacity, most_cells, forget=True)
+
+
+def naive_belady(cells, layers, sizes, capacity):
+    """Soonest next cell first, ties to the lowest layer, then to the lowest id."""
+
+    def rank(key, cell, touches):
+        return min((c for c in range(cell + 1, len(touches)) if key in touches[c]), default=len(touches)), key
+
+    return naive_cache(cells, layers, sizes, capacity, rank)
+
+
+def naive_batch_lru(cells, layers, sizes, capacity):
+    """hold=batch: keys in an OrderedDict, oldest first; sizes by layer. Returns per cell (hits, promotions, demotions, held, bytes)."""
     cache, answers = OrderedDict(), []
     for layer, rows in zip(layers, cells, strict=True):
         first, _, last = naive_cell(rows)
@@ -55,7 +119,7 @@ def naive_ranked(cells, layers, sizes, capacity, rank):
     return answers
 
 
-def naive_lfu(cells, layers, sizes, capacity):
+def naive_batch_lfu(cells, layers, sizes, capacity):
     def rank(key, cell, history):
         uses = [i for i, (_, other) in enumerate(history) if other == key]
         return len(uses), uses[-1]
@@ -63,7 +127,7 @@ def naive_lfu(cells, layers, sizes, capacity):
     return naive_ranked(cells, layers, sizes, capacity, rank)
 
 
-def naive_belady(cells, layers, sizes, capacity):
+def naive_batch_belady(cells, layers, sizes, capacity):
     needs = [{(layer, e) for row in rows for e in row} for layer, rows in zip(layers, cells, strict=True)]
 
     def rank(key, cell, history):
@@ -73,7 +137,7 @@ def naive_belady(cells, layers, sizes, capacity):
     return naive_ranked(cells, layers, sizes, capacity, rank)
 
 
-def naive_forgetful_lfu(cells, layers, sizes, capacity):
+def naive_batch_forgetful_lfu(cells, layers, sizes, capacity):
     """LFU whose uses start anew when a key is loaded again."""
     uses, answers, touches = {}, [], []
     for layer, rows in zip(layers, cells, strict=True):
@@ -94,7 +158,21 @@ def naive_forgetful_lfu(cells, layers, sizes, capacity):
     return answers
 
 
-CACHES = {"lru": naive_lru, "lfu": naive_lfu, "belady": naive_belady}
+CACHES = {
+    "lru": naive_lru,
+    "lfu": naive_lfu,
+    "lfu:forget=true": naive_forgetful_lfu,
+    "belady": naive_belady,
+    "lru:hold=batch": naive_batch_lru,
+    "lfu:hold=batch": naive_batch_lfu,
+    "lfu:hold=batch,forget=true": naive_batch_forgetful_lfu,
+    "belady:hold=batch": naive_batch_belady,
+}
+
+
+def cache(name, parameters):
+    """The policy of a name, which may have parameters of its own."""
+    return load_policy("residency", f"{name}{',' if ':' in name else ':'}{parameters}")
 
 
 def of_run(naive):
@@ -111,8 +189,11 @@ def of_run(naive):
     return definition
 
 
-NAIVE = {f"{name}:budget={budget}": of_run(naive) for name, naive in CACHES.items() for budget in (2, 5)}
-NAIVE["lfu:budget=3,forget=true"] = of_run(naive_forgetful_lfu)
+NAIVE = {
+    f"{name}{',' if ':' in name else ':'}budget={budget}": of_run(naive)
+    for name, naive in CACHES.items()
+    for budget in (0, 2, 5)
+}
 
 rows = st.lists(st.permutations(range(E)).flatmap(lambda p: st.integers(0, 3).map(lambda k: p[:k])), max_size=3)
 traces = st.lists(rows, min_size=1, max_size=12)
@@ -140,10 +221,10 @@ def served(policy, streams, forwards, about, layer):
 
 
 @pytest.mark.parametrize("name", CACHES)
-@given(cells=traces, budget=st.integers(0, E + 2), cut=st.integers(0, 12))
+@given(cells=traces, budget=st.integers(0, E), cut=st.integers(0, 12))
 @settings(max_examples=120, deadline=None)
 def test_a_layers_cache_equals_the_naive_one_however_the_trace_is_cut(name, cells, budget, cut):
-    policy, about = load_policy("residency", f"{name}:budget={budget}"), geometry(E)
+    policy, about = cache(name, f"budget={budget}"), geometry(E)
     expected = CACHES[name](cells, [0] * len(cells), [1], budget)
     pieces = [piece for piece in (cells[:cut], cells[cut:]) if piece]
     found = served(policy, [stream_of(p) for p in pieces], [plain_forwards(p) for p in pieces], about, 0)
@@ -158,7 +239,7 @@ def test_a_cache_over_layers_of_unequal_bytes_equals_the_naive_one(name, cells, 
     layers = [i % 2 for i in range(len(cells))]
     about = geometry(E, layers=(3, 5), expert_bytes={3: 10, 5: 7})
     expected = CACHES[name](cells, layers, [10, 7], room)
-    policy = load_policy("residency", f"{name}:scope=global,budget_bytes={room}")
+    policy = cache(name, f"scope=global,budget_bytes={room}")
     cut = cut // 2 * 2
     pieces = [(cells[a:b], layers[a:b]) for a, b in ((0, cut), (cut, len(cells))) if cells[a:b]]
     streams = [stream_of(*piece) for piece in pieces]
@@ -166,21 +247,7 @@ def test_a_cache_over_layers_of_unequal_bytes_equals_the_naive_one(name, cells, 
     assert found == expected
 
 
-@given(cells=traces, room=st.integers(0, 120), cut=st.integers(0, 12))
-@settings(max_examples=120, deadline=None)
-def test_an_lfu_that_forgets_equals_the_naive_one(cells, room, cut):
-    cells = cells + cells[: len(cells) % 2]
-    layers = [i % 2 for i in range(len(cells))]
-    about = geometry(E, layers=(3, 5), expert_bytes={3: 10, 5: 7})
-    policy = load_policy("residency", f"lfu:scope=global,forget=true,budget_bytes={room}")
-    cut = cut // 2 * 2
-    pieces = [(cells[a:b], layers[a:b]) for a, b in ((0, cut), (cut, len(cells))) if cells[a:b]]
-    streams = [stream_of(*piece) for piece in pieces]
-    found = served(policy, streams, [plain_forwards(piece[0]) for piece in pieces], about, None)
-    assert found == naive_forgetful_lfu(cells, layers, [10, 7], room)
-
-
-@pytest.mark.parametrize("name", [*CACHES, "lfu:forget=true"])
+@pytest.mark.parametrize("name", CACHES)
 @given(seed=st.integers(0, 10**6), budget=st.integers(1, E - 1), most=st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_long_runs_equal_the_naive_ones(name, seed, budget, most):
@@ -188,15 +255,14 @@ def test_long_runs_equal_the_naive_ones(name, seed, budget, most):
     rng = np.random.default_rng(seed)
     popular = rng.dirichlet(np.ones(E))
     cells = [[rng.choice(E, rng.integers(1, most + 1), replace=False, p=popular).tolist()] for _ in range(150)]
-    naive = CACHES.get(name, naive_forgetful_lfu)
-    policy = load_policy("residency", f"{name}{',' if ':' in name else ':'}budget={budget}")
-    found = served(policy, [stream_of(cells)], [plain_forwards(cells)], geometry(E), 0)
-    assert found == naive(cells, [0] * len(cells), [1], budget)
+    found = served(cache(name, f"budget={budget}"), [stream_of(cells)], [plain_forwards(cells)], geometry(E), 0)
+    assert found == CACHES[name](cells, [0] * len(cells), [1], budget)
 
 
-@given(cells=traces, room=st.integers(0, 120), cuts=st.lists(st.integers(0, 12), max_size=11), shared=st.booleans())
+@pytest.mark.parametrize("name", ["belady", "belady:hold=batch"])
+@given(cells=traces, room=st.integers(0, 90), cuts=st.lists(st.integers(0, 12), max_size=11), shared=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_belady_cut_into_many_segments_equals_the_naive_one_over_the_whole_run(cells, room, cuts, shared):
+def test_belady_cut_into_many_segments_equals_the_naive_one_over_the_whole_run(name, cells, room, cuts, shared):
     layers, sizes, about = [0] * len(cells), [1], geometry(E)
     if shared:
         cells = cells + cells[: len(cells) % 2]
@@ -208,8 +274,8 @@ def test_belady_cut_into_many_segments_equals_the_naive_one_over_the_whole_run(c
     pieces = [slice(*pair) for pair in pairwise(bounds)]
     streams = [stream_of(cells[piece], layers[piece]) for piece in pieces]
     forwards = [plain_forwards(cells[piece]) for piece in pieces]
-    found = served(load_policy("residency", f"belady:{budget}"), streams, forwards, about, None if shared else 0)
-    assert found == naive_belady(cells, layers, sizes, room if shared else room // 15)
+    found = served(cache(name, budget), streams, forwards, about, None if shared else 0)
+    assert found == CACHES[name](cells, layers, sizes, room if shared else room // 15)
 
 
 def held_bytes(state):
@@ -266,7 +332,7 @@ def test_belady_equals_the_naive_one_where_needs_are_hundreds_of_thousands_of_lo
         tokens=np.ones(number, np.uint32),
         last_touch=np.zeros(number, np.uint16),
     )
-    policy = load_policy("residency", f"belady:budget=3,scope={scope}")
+    policy = load_policy("residency", f"belady:budget=3,scope={scope},hold=batch")
     found, _ = policy.place(stream, plain_forwards([]), about, policy.fit([stream], about, None))
     loads = np.empty(number, bool)
     for own in [[0], [1]] if scope == "layer" else [[0, 1]]:
@@ -286,7 +352,7 @@ def test_belady_refuses_a_stream_it_has_not_looked_ahead_in():
 @pytest.mark.parametrize("name", CACHES)
 def test_placing_twice_from_one_state_gives_the_same_answer(name):
     cells = [[[0, 1], [2, 1]], [[3]], [[0, 4]], [[1, 2]]]
-    policy, about, stream = load_policy("residency", f"{name}:budget=2"), geometry(E), stream_of(cells)
+    policy, about, stream = cache(name, "budget=2"), geometry(E), stream_of(cells)
     state = policy.fit([stream], about, 0) if policy.passes == 2 else policy.start(about, 0)
     first, second = (policy.place(stream, plain_forwards(cells), about, state)[0] for _ in range(2))
     assert answers_of(first, stream, False) == answers_of(second, stream, False)
@@ -304,15 +370,81 @@ def test_no_demand_cache_loads_less_than_belady_when_batches_are_single_lookups(
     assert sum(a[1] for a in found) <= min(loads.values())
 
 
+def fewest_fetches(needs, capacity):
+    """Of all ways to fill a cache, whatever it keeps after every cell of what it held or fetched; ``needs`` sets of keys."""
+    fetches = {frozenset(): 0}
+    for cell in needs:
+        after = {}
+        for held, number in fetches.items():
+            everything = sorted(held | cell)
+            for size in range(min(capacity, len(everything)) + 1):
+                for kept in map(frozenset, combinations(everything, size)):
+                    after[kept] = min(after.get(kept, number + len(cell - held)), number + len(cell - held))
+        fetches = after
+    return min(fetches.values())
+
+
+small = st.lists(st.sets(st.integers(0, 4), max_size=4).map(sorted), min_size=1, max_size=7)
+
+
+@given(cells=small, capacity=st.integers(0, 5), shared=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_no_way_to_fill_a_budget_fetches_less_than_belady_where_experts_are_of_one_size(cells, capacity, shared):
+    layers = [i % 2 if shared else 0 for i in range(len(cells))]
+    needs = [{(layer, e) for e in cell} for layer, cell in zip(layers, cells, strict=True)]
+    about = geometry(5, layers=(3, 5), expert_bytes={3: 10, 5: 10}) if shared else geometry(5)
+    policy = load_policy("residency", f"belady:scope=global,budget_bytes={10 * capacity + 9}")
+    calls = [[cell] for cell in cells]
+    found = served(policy, [stream_of(calls, layers)], [plain_forwards(calls)], about, None)
+    assert sum(promotions for _, promotions, *_ in found) == fewest_fetches(needs, capacity)
+
+
+@pytest.mark.parametrize("name", [name for name in CACHES if "batch" not in name])
+@given(cells=traces, room=st.integers(0, 102), shared=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_what_is_held_fits_the_budget_and_a_budget_of_nothing_hits_nothing(name, cells, room, shared):
+    about, layers = geometry(E), [0] * len(cells)
+    if shared:
+        about, layers = geometry(E, layers=(3, 5), expert_bytes={3: 10, 5: 7}), [i % 2 for i in range(len(cells))]
+    budget = room if shared else room // 17
+    policy = cache(name, f"scope=global,budget_bytes={room}" if shared else f"budget={budget}")
+    found = served(policy, [stream_of(cells, layers)], [plain_forwards(cells)], about, None if shared else 0)
+    assert all(held <= budget for *_, held in found)
+    assert budget or not any(any(hits) for hits, *_ in found)
+    assert all(promotions == hits.count(False) for hits, promotions, *_ in found)
+
+
+def test_belady_says_where_it_is_a_bound_and_where_it_is_not():
+    even, uneven = (geometry(E, layers=(3, 5), expert_bytes={3: 10, 5: size}) for size in (10, 7))
+    layered, shared = (load_policy("residency", f"belady:budget=2,scope={scope}") for scope in ("layer", "global"))
+    assert layered.notes_on(even) == layered.notes_on(uneven) == shared.notes_on(even) == (BOUND,)
+    (note,) = shared.notes_on(uneven)
+    assert "clairvoyant" in note and "unequal bytes" in note and "no bound" in note
+    (note,) = load_policy("residency", "belady:budget=2,hold=batch").notes_on(even)
+    assert "clairvoyant" in note and "stay whole" in note and "no bound" in note
+
+
 def test_a_batch_larger_than_the_budget_stays_until_the_next_one():
     cells = [[[0, 1, 2]], [[0, 1, 2]], [[5]], [[0]]]
-    policy = load_policy("residency", "lru:budget=1")
+    policy = load_policy("residency", "lru:budget=1,hold=batch")
     found = served(policy, [stream_of(cells)], [plain_forwards(cells)], geometry(E), 0)
     assert found == [
         ([False] * 3, 3, 0, 3, 3),
         ([True] * 3, 0, 0, 3, 3),
         ([False], 1, 3, 4, 4),
         ([False], 1, 1, 2, 2),
+    ]
+
+
+def test_of_a_batch_larger_than_the_budget_the_latest_stay():
+    cells = [[[0, 1, 2]], [[0, 1, 2]], [[5]], [[0, 5]]]
+    policy = load_policy("residency", "lru:budget=1")
+    found = served(policy, [stream_of(cells)], [plain_forwards(cells)], geometry(E), 0)
+    assert found == [
+        ([False] * 3, 3, 2, 1, 1),
+        ([False, False, True], 2, 2, 1, 1),
+        ([False], 1, 1, 1, 1),
+        ([False, True], 1, 1, 1, 1),
     ]
 
 
@@ -323,12 +455,14 @@ def test_a_repeat_inside_a_batch_makes_an_expert_more_recent():
     assert [hits for hits, *_ in found] == [[False, False], [False], [True], [False]]
 
 
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", ["lru", "lfu", "belady"])
 def test_caches_need_a_budget_and_a_known_scope(name):
     with pytest.raises(UserError, match=f"{name} needs a budget"):
         load_policy("residency", name).start(geometry(E), 0)
     with pytest.raises(UserError, match="layer or global"):
         load_policy("residency", f"{name}:budget=1,scope=all")
+    with pytest.raises(UserError, match="budget or batch"):
+        load_policy("residency", f"{name}:budget=1,hold=all")
 
 
 def test_layers_of_unequal_bytes_get_equal_shares_of_the_budget():
@@ -336,7 +470,7 @@ def test_layers_of_unequal_bytes_get_equal_shares_of_the_budget():
     policy = load_policy("residency", "lru:budget_bytes=45")
     # 45 // 2 = 22 bytes a layer.
     assert [policy.experts_per_layer(about, at) for at in (0, 1)] == [2, 3]
-    assert load_policy("residency", "lru:budget=100").experts_per_layer(about, 0) == E
+    assert load_policy("residency", f"lru:budget={E}").experts_per_layer(about, 0) == E
     assert load_policy("residency", "lru:budget=2,budget_bytes=45").experts_per_layer(about, 1) == 2
     assert load_policy("residency", "lru:budget=2").total_bytes(about) == 2 * 17
     assert load_policy("residency", "lru:budget_bytes=45").total_bytes(about) == 45
@@ -347,7 +481,7 @@ def test_streams_without_entries_are_served():
         np.arange(2), np.zeros(2, np.int32), np.zeros(3, np.int64), *(np.zeros(0, np.uint16) for _ in range(3))
     )
     for name in CACHES:
-        policy, about = load_policy("residency", f"{name}:budget=2"), geometry(E)
+        policy, about = cache(name, "budget=2"), geometry(E)
         state = policy.fit([empty], about, 0) if policy.passes == 2 else policy.start(about, 0)
         placement, _ = policy.place(empty, plain_forwards([[], []]), about, state)
         assert placement.promotions.tolist() == placement.resident.tolist() == [0, 0]
