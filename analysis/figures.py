@@ -19,11 +19,11 @@ IN_PARTS = "parts"
 class Figure:
     """A figure: its name and unit, what it means, which way is better, how it is written and where it is shown.
 
-    ``written`` is a key of :data:`WRITTEN`, or :data:`IN_PARTS`; a "band" is a number with two ends. ``shown`` names tables: "terminal", "page", "sweep",
-    "interval", and as objectives of the Pareto front "front" (on a machine) and "bare front" (without); ``heading`` is what
-    stands over its column, ``axis`` its title in a chart where the heading does not say enough. ``rank`` is its importance, 1
-    first: the last goes first where a terminal is narrow. ``instead`` names the figure that stands in for it in runs that
-    denoise nothing.
+    ``written`` is a key of :data:`WRITTEN`, or :data:`IN_PARTS`; a "band" is a number with two ends. ``shown`` names tables:
+    "terminal", "page", "sweep", "interval", and as objectives of the Pareto front "front" (on a machine) and "bare front"
+    (without); ``heading`` is what stands over its column, ``axis`` its title in a chart where the heading does not say
+    enough. ``rank`` is its importance, 1 first: the last goes first where a terminal is narrow. ``instead`` names the figure
+    that stands in for it in runs that denoise nothing.
     """
 
     name: str
@@ -68,8 +68,8 @@ _ALL = (
            ("terminal", "page"), 10, "ms/forward"),
     Figure("tokens_per_s", "tokens a second", "estimate", "more", "count",
            ("terminal", "page", "sweep"), 7, "tokens/s", "tokens a second (estimate)"),
-    Figure("speedup", "ratio", "estimate, against vanilla routing on the recorded forwards with the same residency, machine and "
-           "kernel; low and high: over the kernels grouped_mm and vllm_fused", "more", "band",
+    Figure("speedup", "ratio", "estimate, against vanilla routing on the recorded forwards with the same residency, "
+           "machine and kernel; low and high: over the kernels grouped_mm and vllm_fused", "more", "band",
            ("terminal", "page", "sweep"), 1, "speed-up"),
     Figure("speedup_residency", "ratio", "estimate, against the better of lru and static of the same bytes under the same "
            "routing", "more", "times", ("terminal", "page", "sweep"), 13, "over lru and static"),

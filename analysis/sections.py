@@ -25,7 +25,8 @@ OPEN_LOOP = (
 GATE = "The share of gate weight kept says how much of the recorded mixture of experts is left. It is not an accuracy."
 COSTED = (
     "Latency, tokens a second and speed-up are computed from a hardware preset, not measured. A speed-up is against vanilla "
-    f"routing on the recorded forwards with the same residency, machine and kernel: a band over the kernels {' and '.join(BAND)}."
+    "routing on the recorded forwards with the same residency, machine and kernel: a band over the kernels "
+    f"{' and '.join(BAND)}."
 )
 NO_RUNS = "No replay was passed to this report, so there is nothing to compare."
 

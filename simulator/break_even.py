@@ -1,8 +1,8 @@
 """From how many tokens on copying an expert to the GPU beats computing it on the CPU, on a given machine.
 
 Source: the decision of Fiddler (arXiv 2402.07033, section on the execution strategy): a missing expert goes where its latency
-is lower, the transfer counted on the GPU's side. Latencies are those of ``cost.py``, without the kernel's floor, which a layer pays
-once for all its experts.
+is lower, the transfer counted on the GPU's side. Latencies are those of ``cost.py``, without the kernel's floor, which a
+layer pays once for all its experts.
 """
 
 from __future__ import annotations

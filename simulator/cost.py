@@ -3,8 +3,9 @@
 Source: arXiv 2605.20179 (TIDE), section on latency, and its released code for the serial order. With b bytes of one expert, n
 its tokens, H hidden size, I expert intermediate size and w bytes a weight:
 
-* ``g(n) = max(b / (e BW_hbm), 6 H I n / (f FLOPS_gpu)) + overhead + row n``, an expert on the GPU, and a floor for each layer with
-  any there: what the machine's kernel says (:class:`simulator.presets.Kernel`: efficiencies e and f, floor, overhead, row);
+* ``g(n) = max(b / (e BW_hbm), 6 H I n / (f FLOPS_gpu)) + overhead + row n``, an expert on the GPU, and a floor for each layer
+  with any there: what the machine's kernel says (:class:`simulator.presets.Kernel`: efficiencies e and f, floor, overhead,
+  row);
 * ``c(n) = max(b / BW_dram, 6 H I n / FLOPS_cpu) + cpu overhead + 2 beta + w H n (1 / BW_d2h + 1 / BW_h2d)``, an expert on the
   CPU with its activations there and back;
 * ``beta + b / BW`` each expert moved; ``dense(W) = max(dense_bytes / BW_hbm, 2 (dense_bytes / w) W / FLOPS_gpu)`` for W rows;
@@ -16,11 +17,11 @@ its tokens, H hidden size, I expert intermediate size and w bytes a weight:
 FLOPS are BF16 peaks whatever the weights' type. A forward is dense(W) and attention plus, over layers, what moved plus GPU and
 CPU experts one after the other (the released code) or side by side (``overlap``, the paper).
 
-Two departures: the kernel (the paper has a roofline and no floor, the kernel ``ideal``), and, where the hardware spec asks for it,
-``host_gib``, which puts a drive below the host: of all routed experts the share ``s = min(1, host_gib / their bytes)`` is in host
-memory, the others are read from NVMe each time they are needed and not kept. Which experts those are is not modelled: every
-expert moved to the GPU or run on the CPU is read with probability 1 - s, so each costs ``(1 - s) * (NVMe latency + b / BW_nvme)``
-more. That is the mean over host memories filled at random; one filled by popularity reads less.
+Two departures: the kernel (the paper has a roofline and no floor, the kernel ``ideal``), and, where the hardware spec asks
+for it, ``host_gib``, which puts a drive below the host: of all routed experts the share ``s = min(1, host_gib / their
+bytes)`` is in host memory, the others are read from NVMe each time they are needed and not kept. Which experts those are is
+not modelled: every expert moved to the GPU or run on the CPU is read with probability 1 - s, so each costs ``(1 - s) * (NVMe
+latency + b / BW_nvme)`` more. That is the mean over host memories filled at random; one filled by popularity reads less.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Machines as TOML files in which every number says where it comes from; one without a source does not load.
 
-A machine file names parts (``gpu``, ``cpu``, ``dram``, ``nvme``, ``kernel``: files in the folders of those names), gives numbers
-of its own (``[key]`` with ``value`` and ``source``) that win over its parts, or both. GPU and CPU both say how fast the bus
-between them may be; the slower one counts. A machine without a kernel takes the one that its GPU's file names, or else
-:data:`DEFAULT_KERNEL`.
+A machine file names parts (``gpu``, ``cpu``, ``dram``, ``nvme``, ``kernel``: files in the folders of those names), gives
+numbers of its own (``[key]`` with ``value`` and ``source``) that win over its parts, or both. GPU and CPU both say how fast
+the bus between them may be; the slower one counts. A machine without a kernel takes the one that its GPU's file names, or
+else :data:`DEFAULT_KERNEL`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Kernel:
     """What runs the experts of a layer on the GPU, and how far from the GPU's peaks.
 
     A layer with any expert on the GPU takes ``floor_s`` seconds, and for each of these, of b bytes and n rows,
-    ``max(b / (bandwidth_efficiency BW), flops / (flops_efficiency FLOPS)) + overhead_s + n row_s``. ``gpu`` is the GPU part that
-    the numbers come from, None where they come from none.
+    ``max(b / (bandwidth_efficiency BW), flops / (flops_efficiency FLOPS)) + overhead_s + n row_s``. ``gpu`` is the GPU part
+    that the numbers come from, None where they come from none.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One GPU with the kernel that runs its experts, and its host. Bytes per second, FLOP per second (BF16, dense), seconds, bytes.
+    """One GPU, its kernel and its host. Bytes per second, FLOP per second (BF16, dense), seconds, bytes.
 
     ``nvme_*`` is None without a drive. ``sources`` maps every given number, the kernel's too, to where it comes from, ``parts``
     each kind of part that numbers were taken from to its name.
@@ -253,8 +253,8 @@ def load_kernel(name: str) -> Kernel:
 def _kernel(name: str, entries: Mapping[str, tuple[float, str]], part: bool) -> Kernel:
     """A kernel of these numbers, which are those of a part or a machine file's own."""
     texts = _part("kernel", name)[0] if part else {"description": f"the numbers of {name}.toml"}
-    numbers = {key: entries[key][0] for key in PARTS["kernel"] if key in entries}
-    return Kernel(name, **numbers, **texts)
+    floor, reading, overhead, computing, row = (entries.get(key, (0.0, ""))[0] for key in PARTS["kernel"])
+    return Kernel(name, floor, reading, overhead, computing, row, texts["description"], texts.get("gpu"))
 
 
 def _kernel_of_gpu(gpu: str | None) -> str:

@@ -1,7 +1,7 @@
 """What a run is compared with, like with like: what must be replayed along for it, and the ratios.
 
-Never across machines. A speed-up is against vanilla routing on the recorded forwards under the same residency policy, machine and
-kernel; what residency adds is against the better of LRU and a static placement of the same bytes, under the same routing.
+Never across machines. A speed-up is against vanilla routing on the recorded forwards under the same residency policy, machine
+and kernel; what residency adds is against the better of LRU and a static placement of the same bytes, under the same routing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUTING_NOTE = (
     f"highest over the kernels {' and '.join(BAND)}, placements as they are."
 )
 RESIDENCY_NOTE = (
-    "Residency speed-up: against the better of lru and static of the same bytes under the same routing; static knows the "
+    "Over lru and static: against the better of lru and static of the same bytes under the same routing; static knows the "
     "popularity of the replayed run itself, its best case."
 )
 
