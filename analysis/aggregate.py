@@ -53,10 +53,10 @@ def labels(policies: Sequence[tuple[str, Mapping[str, Any]]], without: frozenset
 def runs_frame(document: Mapping[str, Any], without: frozenset[str] = frozenset()) -> pl.DataFrame:
     """One row a run of a replay document, in its order.
 
-    Columns: ``run`` i64; ``series`` (acceptance and routing), ``residency``, ``hardware``, ``label`` (the first two, and the
-    third where it differs among the runs); ``routing_policy``, ``residency_policy``, ``acceptance_policy`` (bare names, for
-    colours); ``estimate``, ``over_budget``; ``unique_low``, ``unique_high`` (scenario
-    bounds); every figure that is a number as f64. Parameters named in ``without`` are left out of the names.
+    Columns: ``run`` i64; ``series`` (acceptance and routing), ``residency``, ``hardware``, ``kernel``, ``label`` (the first
+    two, and the third where it differs among the runs); ``routing_policy``, ``residency_policy``, ``acceptance_policy`` (bare
+    names, for colours); ``estimate``, ``over_budget``; ``unique_low``, ``unique_high`` (scenario bounds); every figure that is
+    a number, and the ends of bands, as f64. Parameters named in ``without`` are left out of the names.
     """
     runs = list(document.get("runs") or [])
     axes = {axis: [policy_of(run, axis) for run in runs] for axis in ("acceptance", "routing", "residency")}
@@ -79,6 +79,7 @@ def runs_frame(document: Mapping[str, Any], without: frozenset[str] = frozenset(
                 "residency": residency,
                 "label": TIMES.join([series, residency, *([str(machine)] if len(set(machines)) > 1 else [])]),
                 "hardware": machine,
+                "kernel": run.get("kernel"),
                 "routing_policy": axes["routing"][i][0],
                 "residency_policy": axes["residency"][i][0],
                 "acceptance_policy": axes["acceptance"][i][0],
@@ -89,10 +90,11 @@ def runs_frame(document: Mapping[str, Any], without: frozenset[str] = frozenset(
                 **figures.values(run.get("summary") or {}),
             }
         )
-    names = ("series", "residency", "label", "hardware", "routing_policy", "residency_policy", "acceptance_policy")
+    policies = ("routing_policy", "residency_policy", "acceptance_policy")
+    names = ("series", "residency", "label", "hardware", "kernel", *policies)
     schema: dict[str, Any] = {"run": pl.Int64} | dict.fromkeys(names, pl.String)
     schema |= dict.fromkeys(("estimate", "over_budget"), pl.Boolean)
-    schema |= dict.fromkeys(("unique_low", "unique_high", *figures.NUMBERS), pl.Float64)
+    schema |= dict.fromkeys(("unique_low", "unique_high", *figures.COLUMNS), pl.Float64)
     return pl.DataFrame(rows, schema=schema, strict=False)
 
 

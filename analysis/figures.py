@@ -19,11 +19,11 @@ IN_PARTS = "parts"
 class Figure:
     """A figure: its name and unit, what it means, which way is better, how it is written and where it is shown.
 
-    ``written`` is a key of :data:`WRITTEN`, or :data:`IN_PARTS`. ``shown`` names tables: "terminal", "page", "sweep",
-    "interval", and as objectives of the Pareto front "front" (on a machine) and "bare front" (without); ``heading`` is what
-    stands over its column, ``axis`` its title in a chart where the heading does not say enough. ``rank`` is its importance, 1
-    first: the last goes first where a terminal is narrow. ``instead`` names the figure that stands in for it in runs that
-    denoise nothing.
+    ``written`` is a key of :data:`WRITTEN`, or :data:`IN_PARTS`; a "band" is a number with two ends. ``shown`` names tables:
+    "terminal", "page", "sweep", "interval", and as objectives of the Pareto front "front" (on a machine) and "bare front"
+    (without); ``heading`` is what stands over its column, ``axis`` its title in a chart where the heading does not say
+    enough. ``rank`` is its importance, 1 first: the last goes first where a terminal is narrow. ``instead`` names the figure
+    that stands in for it in runs that denoise nothing.
     """
 
     name: str
@@ -68,8 +68,11 @@ _ALL = (
            ("terminal", "page"), 10, "ms/forward"),
     Figure("tokens_per_s", "tokens a second", "estimate", "more", "count",
            ("terminal", "page", "sweep"), 7, "tokens/s", "tokens a second (estimate)"),
-    Figure("speedup", "ratio", "estimate, against the first run", "more", "times",
+    Figure("speedup", "ratio", "estimate, against vanilla routing on the recorded forwards with the same residency, "
+           "machine and kernel; low and high: over the kernels grouped_mm and vllm_fused", "more", "band",
            ("terminal", "page", "sweep"), 1, "speed-up"),
+    Figure("speedup_residency", "ratio", "estimate, against the better of lru and static of the same bytes under the same "
+           "routing", "more", "times", ("terminal", "page", "sweep"), 13, "over lru and static"),
     Figure("forwards", "model calls", "forwards of every kind"),
     Figure("denoise_forwards", "model calls", "forwards that denoise"),
     Figure("tokens_per_forward_with_commit", "tokens", "accepted tokens over denoise and commit forwards", "more", "two"),
@@ -99,6 +102,9 @@ _ALL = (
 FIGURES = {figure.name: figure for figure in _ALL}
 """All figures by name, in the order of columns."""
 NUMBERS = tuple(name for name, figure in FIGURES.items() if figure.written != IN_PARTS)
+BANDS = tuple(name for name in NUMBERS if FIGURES[name].written == "band")
+COLUMNS = (*NUMBERS, *(f"{name}.{end}" for name in BANDS for end in ("low", "high")))
+"""Columns of figures in a table of runs."""
 BY_RANK = tuple(sorted(FIGURES.values(), key=lambda figure: figure.rank))
 
 
@@ -108,10 +114,20 @@ def shown_in(table: str) -> list[Figure]:
 
 
 def values(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Every figure of a run's summary that is a number, None where it has none."""
+    """Every figure of a run's summary that is a number, and the ends of bands, None where it has none: :data:`COLUMNS`."""
     seconds, forwards = summary.get("latency_s"), summary.get("forwards")
     each = None if seconds is None or not forwards else 1e3 * seconds / forwards
-    return {name: summary.get(name) for name in NUMBERS} | {"ms_per_forward": each}
+    told = {name: summary.get(name) for name in NUMBERS} | {"ms_per_forward": each}
+    for name in BANDS:
+        parts = summary.get(name) or {}
+        told |= {name: parts.get("value")} | {f"{name}.{end}": parts.get(end) for end in ("low", "high")}
+    return told
+
+
+def cell(name: str, row: Mapping[str, Any]) -> Any:
+    """What a table shows of a figure in a row of :data:`COLUMNS`: its value, of a band both ends, None where they are."""
+    ends = row.get(f"{name}.low"), row.get(f"{name}.high")
+    return row[name] if name not in BANDS else None if None in ends else ends
 
 
 def size(count: float) -> str:
@@ -123,6 +139,12 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def band(ends: tuple[float, float]) -> str:
+    """The two ends of a ratio, one where they read the same."""
+    low, high = (f"{end:.1f}x" if end >= 1 else f"{end:.2f}x" for end in ends)
+    return low if low == high else f"{low} to {high}"
+
+
 WRITTEN = {
     "count": lambda value: f"{value:,.0f}",
     "two": lambda value: f"{value:,.2f}",
@@ -130,6 +152,7 @@ WRITTEN = {
     "percent": lambda value: f"{100 * value:.1f}%",
     "size": size,
     "times": lambda value: f"{value:.2f}×",
+    "band": band,
 }
 """How numbers are written."""
 

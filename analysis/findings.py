@@ -9,10 +9,11 @@ import polars as pl
 
 from analysis import theme
 from analysis.aggregate import one_run_a_series, runs_frame
-from analysis.figures import size
+from analysis.figures import band, cell, size
 from analysis.summary import TraceSummary
 
 MAX_COMPARED = 3
+VANILLA = "vanilla"
 
 
 def trace_findings(trace: TraceSummary) -> list[str]:
@@ -94,13 +95,14 @@ def _cost(runs: pl.DataFrame) -> list[str]:
     if runnable.is_empty():
         return []
     best = runnable.sort("tokens_per_s", descending=True, maintain_order=True).row(0, named=True)
+    through = f" with the kernel {best['kernel']}" if best["kernel"] else ""
     sentence = (
-        f"On {best['hardware']}, {best['label']} is the fastest of the runs that do not hold every expert, at "
+        f"On {best['hardware']}{through}, {best['label']} is the fastest of the runs that do not hold every expert, at "
         f"{best['tokens_per_s']:,.0f} tokens a second"
     )
-    first = runs.row(0, named=True)
-    if best["speedup"] is not None and best["run"] != first["run"]:
-        sentence += f", {best['speedup']:.2f} times {first['label']}"
+    ends = cell("speedup", best)
+    if ends is not None and best["series"] != VANILLA:
+        sentence += f", {band(ends)} vanilla routing with the same residency"
     return [sentence + " (estimate)."]
 
 

@@ -11,8 +11,8 @@ from simulator.presets import HardwareInfo
 
 HOW = (
     "moetrace hardware NAME has the source of every value, of a part as gpu=h200. In --hardware a machine takes other "
-    "parts, as h100-pcie5:gpu=h200,line=sglang (line=INTERCEPT+SLOPE in us for your own), overlap=true for CPU and GPU experts "
-    "side by side, and host_gib=64 for experts beyond that much host memory on the drive."
+    "parts, as h100-pcie5:gpu=h200,kernel=grouped_mm, overlap=true for CPU and GPU experts side by side, and host_gib=64 for "
+    "experts beyond that much host memory on the drive. moetrace hardware NAME --toml prints a file to start your own from."
 )
 MACHINE_FIGURES = {
     "GPU GB": ("gpu_memory_bytes", 1e9),
@@ -27,8 +27,8 @@ UNITS = {
     "_bytes_per_s": (1e9, "GB/s"),
     "_bytes": (1e9, "GB"),
     "_flops": (1e12, "TFLOP/s"),
-    "_us": (1.0, "us"),
     "_s": (1e-6, "us"),
+    "_efficiency": (0.01, "% of the peak"),
 }
 SHORT = {
     "gpu_memory_bytes": "{}",
@@ -38,8 +38,10 @@ SHORT = {
     "cpu_bytes_per_s": "{}",
     "nvme_bytes_per_s": "{}",
     "nvme_latency_s": "after {}",
-    "line_intercept_us": "{} a layer",
-    "line_slope_us": "{} an expert",
+    "floor_s": "{} a layer",
+    "bandwidth_efficiency": "reads at {}",
+    "overhead_s": "{} an expert",
+    "row_s": "{} a row",
     "h2d_bytes_per_s": "bus {}",
 }
 """What a list says of a part."""

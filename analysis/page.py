@@ -23,7 +23,7 @@ import altair as alt
 
 from analysis import figures, theme
 
-Cell = str | int | float | bool | None
+Cell = str | int | float | bool | tuple[float, float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +158,9 @@ def _number_class(column: Column) -> str:
 def _cell(column: Column, value: Cell) -> str:
     if value is None:
         return f"<td{_number_class(column)}>–</td>"
-    # The written form rounds; sorting goes by the value itself.
-    sort = f' data-sort="{text(repr(value))}"' if isinstance(value, int | float) else ""
+    # The written form rounds; sorting goes by the value itself, of a band by its lower end.
+    by = value[0] if isinstance(value, tuple) else value
+    sort = f' data-sort="{text(repr(by))}"' if isinstance(by, int | float) else ""
     return f"<td{_number_class(column)}{sort}>{text(WRITTEN[column.written](value))}</td>"
 
 

@@ -15,6 +15,7 @@ from analysis.page import Column, Page, bullets, facts, heading, pair, paragraph
 from analysis.sections_seeds import Recordings
 from analysis.sections_seeds import findings as across
 from analysis.summary import ReplaySummary, TraceSummary
+from simulator.presets import BAND
 
 OPEN_LOOP = (
     "Rows in italics and figures marked as estimates come from an open-loop replay: it takes the hidden states and the "
@@ -22,7 +23,11 @@ OPEN_LOOP = (
     "routing of every later layer and step with them."
 )
 GATE = "The share of gate weight kept says how much of the recorded mixture of experts is left. It is not an accuracy."
-COSTED = "Latency, tokens a second and speed-up are computed from a hardware preset, not measured."
+COSTED = (
+    "Latency, tokens a second and speed-up are computed from a hardware preset, not measured. A speed-up is against vanilla "
+    "routing on the recorded forwards with the same residency, machine and kernel: a band over the kernels "
+    f"{' and '.join(BAND)}."
+)
 NO_RUNS = "No replay was passed to this report, so there is nothing to compare."
 
 RUN_COLUMNS = (
@@ -32,6 +37,7 @@ RUN_COLUMNS = (
     ),
     ("residency", Column("residency", meaning="which experts are in fast memory")),
     ("hardware", Column("hardware", meaning="preset the latency is estimated on")),
+    ("kernel", Column("kernel", meaning="what runs a layer's experts on its GPU")),
     *((figure.name, Column(figure.heading, figure.written, figure.meaning)) for figure in figures.shown_in("page")),
 )
 
@@ -141,10 +147,12 @@ def policies(out: Page, replayed: Sequence[Replayed]) -> None:
         return
     parts = [paragraph("A click on a heading sorts the table. Italics mark estimates.", "note")]
     for r in replayed:
-        machines = r.runs["hardware"].unique(maintain_order=True).to_list()
-        costed = (
-            [paragraph(f"Latency is estimated on {machines[0]}.", "note")] if len(machines) == 1 and machines[0] else []
-        )
+        machines = r.runs.select("hardware", "kernel").unique(maintain_order=True).rows()
+        costed = []
+        if len(machines) == 1 and machines[0][0]:
+            machine, kernel = machines[0]
+            through = f" with the kernel {kernel}" if kernel else ""
+            costed = [paragraph(f"Latency is estimated on {machine}{through}. {COSTED}", "note")]
         parts += [heading(r.name), *costed, _run_table(r.runs), *_routing_charts(out, r)]
     out.section("policies", "Policies", *parts)
 
@@ -153,10 +161,9 @@ def _run_table(runs: pl.DataFrame) -> str:
     if runs.is_empty():
         return paragraph("This replay holds no run.", "empty")
     told = [key for key, _ in RUN_COLUMNS if runs[key].null_count() < runs.height]
-    if runs["hardware"].n_unique() == 1:
-        told = [key for key in told if key != "hardware"]
+    told = [key for key in told if key not in ("hardware", "kernel") or runs[key].n_unique() > 1]
     shown = [(key, column) for key, column in RUN_COLUMNS if key in told]
-    rows = [[row[key] for key, _ in shown] for row in runs.iter_rows(named=True)]
+    rows = [[figures.cell(key, row) for key, _ in shown] for row in runs.iter_rows(named=True)]
     return table([column for _, column in shown], rows, marked=runs["estimate"].to_list())
 
 

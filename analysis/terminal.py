@@ -13,11 +13,11 @@ from analysis.tables import TEXT, Column, Sheet
 if TYPE_CHECKING:
     import polars as pl
 
-RUN_KEYS = ("trace", "routing", "residency", "hardware")
+RUN_KEYS = ("trace", "routing", "residency", "hardware", "kernel")
 _FASTEST = ("refresh_interval", "latency_s", "slowdown", "objective")
 _REPLAYED = (figure.name for figure in BY_RANK if "interval" in figure.shown and figure.name not in _FASTEST)
 INTERVAL_ORDER = (*_FASTEST, *_REPLAYED, "extra_misses", "promotions", "objective_memoryless")
-SWEEP_KEYS = ("routing", "residency", "hardware", "estimate")
+SWEEP_KEYS = ("routing", "residency", "hardware", "kernel", "estimate")
 # In a column of the terminal amounts are to be compared at a glance: one unit in all rows.
 IN_COLUMNS = WRITTEN | {
     "text": str,
@@ -51,10 +51,18 @@ def run_table(results: Sequence[tuple[str, Sequence[tuple[str, ...]], Any]]) -> 
     for trace, names, result in results:
         for specs, run in zip(names, result.runs, strict=True):
             values = figures.values(run.summary)
-            rows.append((trace, *specs, run.hardware, *(values[stand_in(figure, values)] for figure in shown)))
+            told = (figures.cell(stand_in(figure, values), values) for figure in shown)
+            rows.append((trace, *specs, run.hardware, run.kernel, *told))
             estimates.append(run.estimate)
     columns = dict.fromkeys(RUN_KEYS, "text") | {figure.heading: figure.written for figure in shown}
-    order = ("residency", "routing", *(figure.heading for figure in BY_RANK if figure in shown), "hardware", "trace")
+    order = (
+        "residency",
+        "routing",
+        *(figure.heading for figure in BY_RANK if figure in shown),
+        "kernel",
+        "hardware",
+        "trace",
+    )
     return sheet(columns, rows, RUN_KEYS, order, estimates)
 
 
@@ -75,8 +83,15 @@ def front_table(front: pl.DataFrame) -> Sheet:
     shown = figures.shown_in("sweep")
     spare = {figure.instead for figure in shown if figure.name in known}
     columns = [name for name in (*SWEEP_KEYS, *(figure.name for figure in shown)) if name in known - spare]
-    order = ("residency", "routing", *(figure.name for figure in BY_RANK), "estimate", "hardware")
-    return frame_table(columns, front.select(columns).iter_rows(), SWEEP_KEYS[:3], order)
+    order = ("residency", "routing", *(figure.name for figure in BY_RANK), "estimate", "kernel", "hardware")
+    rows = [[_front_cell(name, row) for name in columns] for row in front.iter_rows(named=True)]
+    return frame_table(columns, rows, SWEEP_KEYS[:4], order)
+
+
+def _front_cell(name: str, row: Mapping[str, Any]) -> Any:
+    """A figure of a sweep's row, a band as a text."""
+    value = figures.cell(name, row)
+    return figures.band(value) if isinstance(value, tuple) else value
 
 
 def headline_table(rows: Iterable[Mapping[str, Any]]) -> Sheet:

@@ -1,10 +1,13 @@
 """From how many tokens on copying an expert to the GPU beats computing it on the CPU, on a given machine.
 
 Source: the decision of Fiddler (arXiv 2402.07033, section on the execution strategy): a missing expert goes where its latency
-is lower, the transfer counted on the GPU's side. Latencies are those of ``cost.py``.
+is lower, the transfer counted on the GPU's side. Latencies are those of ``cost.py``, without the kernel's floor, which a
+layer pays once for all its experts.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,7 +22,7 @@ NEVER = int(np.iinfo(np.uint32).max)
 def expert_seconds(cost: CostModel, expert_bytes: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What one expert takes: on the CPU, on the GPU, and to be copied there first; float64 [N] each, seconds.
 
-    On a machine whose GPU is a measured line over a layer's experts it takes there what one more expert adds.
+    On the GPU it takes what one more expert adds to its layer.
 
     Parameters
     ----------
@@ -30,7 +33,8 @@ def expert_seconds(cost: CostModel, expert_bytes: int, tokens: np.ndarray) -> tu
     tokens : np.ndarray
         [N], rows that use it.
     """
-    cells = len(tokens)
+    hardware, cells = cost.hardware, len(tokens)
+    cost = replace(cost, hardware=replace(hardware, kernel=replace(hardware.kernel, floor_s=0.0)))
     stream = ExpertStream(
         cell_forward=np.arange(cells),
         cell_layer=np.zeros(cells, np.int32),
@@ -44,9 +48,7 @@ def expert_seconds(cost: CostModel, expert_bytes: int, tokens: np.ndarray) -> tu
     here, there = np.zeros(cells, bool), np.ones(cells, bool)
     on_cpu = cost.cell_seconds(stream, Placement(here, here, none, none, none, none), size)
     on_gpu = cost.cell_seconds(stream, Placement(here, there, one, one, none, one), size)
-    line = cost.hardware.line
-    added = on_gpu[:, 2] if line is None else np.full(cells, line.slope_us * 1e-6)
-    return on_cpu[:, 3], added, on_gpu[:, 0]
+    return on_cpu[:, 3], on_gpu[:, 2], on_gpu[:, 0]
 
 
 def break_even_tokens(cost: CostModel, expert_bytes: int) -> int:

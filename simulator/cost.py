@@ -3,7 +3,9 @@
 Source: arXiv 2605.20179 (TIDE), section on latency, and its released code for the serial order. With b bytes of one expert, n
 its tokens, H hidden size, I expert intermediate size and w bytes a weight:
 
-* ``g(n) = max(b / BW_hbm, 6 H I n / FLOPS_gpu) + gpu overhead``, an expert on the GPU;
+* ``g(n) = max(b / (e BW_hbm), 6 H I n / (f FLOPS_gpu)) + overhead + row n``, an expert on the GPU, and a floor for each layer
+  with any there: what the machine's kernel says (:class:`simulator.presets.Kernel`: efficiencies e and f, floor, overhead,
+  row);
 * ``c(n) = max(b / BW_dram, 6 H I n / FLOPS_cpu) + cpu overhead + 2 beta + w H n (1 / BW_d2h + 1 / BW_h2d)``, an expert on the
   CPU with its activations there and back;
 * ``beta + b / BW`` each expert moved; ``dense(W) = max(dense_bytes / BW_hbm, 2 (dense_bytes / w) W / FLOPS_gpu)`` for W rows;
@@ -15,14 +17,11 @@ its tokens, H hidden size, I expert intermediate size and w bytes a weight:
 FLOPS are BF16 peaks whatever the weights' type. A forward is dense(W) and attention plus, over layers, what moved plus GPU and
 CPU experts one after the other (the released code) or side by side (``overlap``, the paper).
 
-Two departures, both asked for in the hardware spec:
-
-* A ``line`` replaces the sum of g(n) over a layer's GPU experts by ``intercept + slope * experts``, as dMoE (arXiv 2605.30876)
-  measured it for SGLang; a layer without an expert on the GPU takes no time.
-* ``host_gib`` puts a drive below the host: of all routed experts the share ``s = min(1, host_gib / their bytes)`` is in host
-  memory, the others are read from NVMe each time they are needed and not kept. Which experts those are is not modelled: every
-  expert moved to the GPU or run on the CPU is read with probability 1 - s, so each costs ``(1 - s) * (NVMe latency + b /
-  BW_nvme)`` more. That is the mean over host memories filled at random; one filled by popularity reads less.
+Two departures: the kernel (the paper has a roofline and no floor, the kernel ``ideal``), and, where the hardware spec asks
+for it, ``host_gib``, which puts a drive below the host: of all routed experts the share ``s = min(1, host_gib / their
+bytes)`` is in host memory, the others are read from NVMe each time they are needed and not kept. Which experts those are is
+not modelled: every expert moved to the GPU or run on the CPU is read with probability 1 - s, so each costs ``(1 - s) * (NVMe
+latency + b / BW_nvme)`` more. That is the mean over host memories filled at random; one filled by popularity reads less.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class CostModel:
         expert_bytes : np.ndarray
             int64 [C], bytes of one expert of the cell's layer.
         """
-        machine = self.hardware
+        machine, kernel = self.hardware, self.hardware.kernel
         size = expert_bytes.astype(np.float64)
         seconds = np.zeros((len(size), 4))
         read = self.read_seconds(size)
@@ -99,21 +98,21 @@ class CostModel:
             stream.offsets,
             stream.tokens,
             placement.on_gpu,
-            size / machine.gpu_bytes_per_s,
-            flops / machine.gpu_flops,
-            machine.gpu_overhead_s,
+            size / (kernel.bandwidth_efficiency * machine.gpu_bytes_per_s),
+            flops / (kernel.flops_efficiency * machine.gpu_flops),
+            kernel.overhead_s,
+            kernel.row_s,
+            kernel.floor_s,
             size / machine.cpu_bytes_per_s,
             flops / machine.cpu_flops,
             machine.cpu_overhead_s + 2.0 * machine.copy_latency_s,
             there_and_back,
             seconds,
         )
-        if machine.line is not None or self.host_share < 1.0:
+        if self.host_share < 1.0:
             ends = np.concatenate(([0], np.cumsum(placement.on_gpu, dtype=np.int64)))
             on_gpu = np.diff(ends[stream.offsets])
             seconds[:, 3] += (np.diff(stream.offsets) - on_gpu) * read
-            if machine.line is not None:
-                seconds[:, 2] = machine.line.seconds(on_gpu)
         return seconds
 
     def read_seconds(self, size: np.ndarray) -> np.ndarray:
@@ -131,12 +130,28 @@ class CostModel:
 
 @njit
 def _expert_seconds(
-    offsets, tokens, on_gpu, gpu_floor, gpu_token, gpu_fixed, cpu_floor, cpu_token, cpu_fixed, bus_token, seconds
+    offsets,
+    tokens,
+    on_gpu,
+    gpu_read,
+    gpu_token,
+    gpu_fixed,
+    gpu_row,
+    gpu_layer,
+    cpu_read,
+    cpu_token,
+    cpu_fixed,
+    bus_token,
+    seconds,
 ):
     for c in range(len(offsets) - 1):
+        launched = False
         for i in range(offsets[c], offsets[c + 1]):
             n = np.float64(tokens[i])
             if on_gpu[i]:
-                seconds[c, 2] += max(gpu_floor[c], gpu_token * n) + gpu_fixed
+                launched = True
+                seconds[c, 2] += max(gpu_read[c], gpu_token * n) + gpu_fixed + gpu_row * n
             else:
-                seconds[c, 3] += max(cpu_floor[c], cpu_token * n) + cpu_fixed + bus_token * n
+                seconds[c, 3] += max(cpu_read[c], cpu_token * n) + cpu_fixed + bus_token * n
+        if launched:
+            seconds[c, 2] += gpu_layer

@@ -14,7 +14,7 @@ from typing import Any
 from simulator.budget import Budgeted
 from simulator.cost import CostModel
 from simulator.policy import ACTIVE, BRANCHES, CONFIDENCE, SCORES, TOKENS, WEIGHTS, Geometry
-from simulator.pricing import priced_on
+from simulator.pricing import kernel_band, priced_on
 from simulator.registry import describe, load_policy
 from simulator.streams.gather import geometry_of
 from simulator.streams.loads import loaded_geometry
@@ -32,11 +32,20 @@ LACKS = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A hardware spec; ``cost`` is None without one, or where the trace's model lacks what the formulas need."""
+    """A hardware spec; ``cost`` is None without one, or where the trace's model lacks what the formulas need.
+
+    ``band`` is the same machine with each kernel of :data:`simulator.presets.BAND`; empty where ``cost`` is None.
+    """
 
     spec: str | None
     cost: CostModel | None = None
     note: str | None = None
+    band: tuple[CostModel, ...] = ()
+
+    @property
+    def kernel(self) -> str | None:
+        """Name of the kernel it prices GPU experts with."""
+        return None if self.cost is None else self.cost.hardware.kernel.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,4 +173,7 @@ def _check(axis: str, policy: Any, trace: Any) -> None:
 
 
 def _machine(spec: str | None, trace: Any) -> Machine:
-    return Machine(None) if spec is None else Machine(spec, *priced_on(spec, trace.meta.model))
+    if spec is None:
+        return Machine(None)
+    cost, note = priced_on(spec, trace.meta.model)
+    return Machine(spec, cost, note, () if cost is None else kernel_band(cost))

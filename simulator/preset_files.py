@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -66,6 +67,15 @@ def read_preset(
     found = {key: getattr(read, key) for key in model.model_fields if getattr(read, key) is not None}
     texts = {key: entry for key, entry in found.items() if isinstance(entry, str)}
     return texts, {key: (entry.value, entry.source) for key, entry in found.items() if key not in texts}
+
+
+def preset_text(texts: Mapping[str, str], values: Mapping[str, tuple[Any, str]]) -> str:
+    """The text of a file that :func:`read_preset` reads again: ``texts``, and ``values`` with their sources."""
+    # JSON strings without escapes beyond ASCII's are TOML strings.
+    lines = [f"{key} = {json.dumps(text, ensure_ascii=False)}" for key, text in texts.items()]
+    for key, (value, source) in values.items():
+        lines += ["", f"[{key}]", f"value = {value!r}", f"source = {json.dumps(source, ensure_ascii=False)}"]
+    return "\n".join(lines) + "\n"
 
 
 def _unknown(key: str, known: list[str]) -> str:

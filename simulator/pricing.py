@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 from simulator.budget import GIB
 from simulator.cost import CostModel
-from simulator.presets import MEASURED, PARTS, VALUES, Hardware, load_hardware, part_names
+from simulator.presets import ALIASES, BAND, MEASURED, PARTS, VALUES, Hardware, load_hardware, load_kernel, part_names
 from simulator.spec import parse
 from tracer.errors import UserError
 from tracer.trace import ModelInfo
@@ -93,8 +95,7 @@ def priced_on(spec: str, model: ModelInfo) -> tuple[CostModel | None, str]:
     ----------
     spec : str
         ``name`` or ``name:key=value,key=value``; name is a preset or a .toml file. Keys: ``overlap=true|false``,
-        ``host_gib=GIB``, and other parts for the machine, ``gpu=``, ``cpu=``, ``dram=``, ``nvme=`` and ``line=NAME`` or
-        ``line=INTERCEPT+SLOPE`` in microseconds.
+        ``host_gib=GIB``, and other parts for the machine, ``gpu=``, ``cpu=``, ``dram=``, ``nvme=`` and ``kernel=``.
     model : ModelInfo
         What the trace says of its model.
 
@@ -114,11 +115,24 @@ def priced_on(spec: str, model: ModelInfo) -> tuple[CostModel | None, str]:
             host_gib = float(text)
         except ValueError as error:
             raise UserError(f"host_gib={text} is no amount of memory; give a number of GiB of 0 or more.") from error
-    return cost_model(load_hardware(name, options), model, overlap == "true", host_gib)
+    machine = load_hardware(name, options)
+    cost, note = cost_model(machine, model, overlap == "true", host_gib)
+    return cost, f"{name} is {machine.name}: {machine.description}. {note}" if name in ALIASES else note
+
+
+def kernel_band(cost: CostModel) -> tuple[CostModel, ...]:
+    """The same machine and model with each kernel of :data:`simulator.presets.BAND`."""
+    hardware = cost.hardware
+    kernels = (hardware.kernel if hardware.kernel.name == name else load_kernel(name) for name in BAND)
+    return tuple(replace(cost, hardware=replace(hardware, kernel=kernel)) for kernel in kernels)
 
 
 def hardware_options(spec: str) -> tuple[str, dict[str, str]]:
     """A hardware spec's name or path, and its options as texts; a UserError for an option that is none."""
+    if re.search(r"(^|[:,])\s*line\s*=", spec):
+        raise UserError(
+            f"A machine has no line any more; give it a kernel, kernel={', kernel='.join(part_names('kernel'))}."
+        )
     return parse(spec, "hardware", OPTIONS)
 
 
@@ -135,11 +149,11 @@ def _note(cost: CostModel, host_gib: float | None) -> str:
     )
     if not cost.pair_flops:
         note += " Attention is left out: the trace's meta.json does not say how many heads the model has."
-    if machine.line is not None:
-        note += (
-            f" A layer's GPU experts take {machine.line.intercept_us:g} us + {machine.line.slope_us:g} us each, a line from: "
-            f"{machine.sources.get('line_slope_us', 'the caller')}."
-        )
+    kernel = machine.kernel
+    note += f" A layer's GPU experts run in the kernel {kernel.name}: {kernel.description}"
+    # The same card may be a part of this machine, or of none that is known.
+    elsewhere = kernel.gpu is not None and machine.parts.get("gpu") != kernel.gpu
+    note += f"; its constants are those of {kernel.gpu} and stand in here." if elsewhere else "."
     if host_gib is not None and cost.host_share == 1.0:
         note += f" All routed experts fit in {host_gib:g} GiB of host memory."
     elif host_gib is not None:

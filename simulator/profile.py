@@ -28,7 +28,8 @@ from simulator.measuring.host import (
     processor,
     threads,
 )
-from simulator.presets import MEASURED, PARTS, part_names
+from simulator.preset_files import preset_text
+from simulator.presets import MEASURED, MEASUREMENTS, PARTS, part_names
 from tracer.errors import UserError, unknown
 
 Progress = Callable[[int, int], None]
@@ -45,7 +46,6 @@ HOW = {
     "gpu_memory_bytes": "as the device says",
     "gpu_bytes_per_s": "the largest of many words, every one read once",
     "gpu_flops": "a BF16 matrix product",
-    "gpu_overhead_s": f"a BF16 expert of {HIDDEN} x {INTERMEDIATE} with one token among many in a row, less its roofline",
     "h2d_bytes_per_s": "a copy of 256 MiB from pinned memory",
     "d2h_bytes_per_s": "a copy of 256 MiB to pinned memory",
     "copy_latency_s": "copies of 64 bytes from pinned memory, launched one after the other",
@@ -71,7 +71,8 @@ def profile_machine(
     dict
         ``cpu`` and ``gpu`` (names; the latter None without torch or a CUDA device), ``date``, ``threads``, ``values`` and
         ``sources`` (key of a hardware file to number and to text), ``measurements``: what no formula uses, the speed of
-        copies in memory and seconds of an expert on the CPU by its tokens, and ``notes``: sentences, where something was
+        copies in memory, seconds of an expert on the CPU by its tokens and ``gpu_overhead_s``, what a BF16 expert of one token
+        takes on the GPU beyond its roofline, and ``notes``: sentences, where something was
         not as it should be.
 
     Raises
@@ -116,12 +117,13 @@ def profile_machine(
         )
     step(4)
     torch = cuda_torch()
+    of_gpu: dict[str, float] = {}
     if torch is not None:
-        values |= gpu_speed(torch, limits)
+        of_gpu = gpu_speed(torch, limits)
+        values |= {key: of_gpu[key] for key in PARTS["gpu"]}
     step(5)
     cpu, date = processor(), datetime.date.today().isoformat()
     gpu = None if torch is None else str(torch.cuda.get_device_name(0))
-    of_gpu = set(PARTS["gpu"])
     sources = {
         key: f"{MEASURED} {gpu if key in of_gpu else cpu}, {date}, by moetrace profile: {HOW[key]}" for key in values
     }
@@ -138,6 +140,7 @@ def profile_machine(
             "expert_intermediate_size": INTERMEDIATE,
             "cpu_expert_tokens": list(experts),
             "cpu_expert_seconds": [float(f"{seconds:.4g}") for seconds in experts.values()],
+            **{key: float(f"{value:.4g}") for key, value in of_gpu.items() if key not in values},
         },
         "notes": notes,
     }
@@ -189,16 +192,9 @@ def profile_text(found: dict[str, Any], gpu: str | None = None) -> str:
     title = (
         f"{found['cpu']} ({found['threads']} threads) beside {beside}, measured {found['date']} on {platform.system()}"
     )
-    lines = [f"description = {_text(' '.join([title, *(f'({note})' for note in found['notes'])]))}"]
+    texts = {"description": " ".join([title, *(f"({note})" for note in found["notes"])])}
     if gpu is not None and found["gpu"] is None:
-        lines.append(f"gpu = {_text(gpu)}")
-    for key, value in found["values"].items():
-        lines += ["", f"[{key}]", f"value = {value!r}", f"source = {_text(found['sources'][key])}"]
-    lines += ["", "[measurements]"]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in found["measurements"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def _text(text: str) -> str:
-    # JSON strings without escapes beyond ASCII's are TOML strings.
-    return json.dumps(text, ensure_ascii=False)
+        texts["gpu"] = gpu
+    lines = ["", f"[{MEASUREMENTS}]", *(f"{key} = {json.dumps(value)}" for key, value in found["measurements"].items())]
+    entries = {key: (value, found["sources"][key]) for key, value in found["values"].items()}
+    return preset_text(texts, entries) + "\n".join(lines) + "\n"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from simulator.cost import CostModel
 from simulator.experiment import Branch, Experiment, Machine, branches, make_experiments
 from simulator.policy import Geometry
 from simulator.result import ReplayResult, forward_columns
 from simulator.runs import make_runs
+from simulator.speedups import replayed_along
 from simulator.streams.routed import BLIND, View
 from simulator.streams.spool import Spool
 from simulator.tallies.placement_tally import PlacementTally
@@ -68,8 +70,14 @@ def run_experiments(
     keep_cells: bool = True,
     threads: int | None = None,
 ) -> ReplayResult:
-    """Run any list of experiments in one walk; runs come in their order. Other arguments as of :func:`replay`."""
-    walk, tables, tree = Walk(trace, geometry, threads), Spool(), branches(experiments)
+    """Run any list of experiments in one walk; runs come in their order. Other arguments as of :func:`replay`.
+
+    What they are compared with is replayed along, and is no run of the result.
+    """
+    walk, tables = Walk(trace, geometry, threads), Spool()
+    tree = branches([*experiments, *replayed_along(experiments, geometry)])
+    cell_keys: list[Hashable] = [(one.acceptance, one.routing, one.residency) for one in experiments]
+    kept_cells = dict.fromkeys(cell_keys, tables) if keep_cells else None
     run_forwards: dict[Any, Forwards] = {}
     tallies: dict[Branch, RoutingTally] = {}
     placing: dict[Branch, list[Any]] = {}
@@ -80,7 +88,7 @@ def run_experiments(
         tallies[branch] = walk.watch(RoutingTally(geometry), branch)
         placing[branch] = [
             walk.watch(watcher, branch)
-            for watcher in _placing(branch, residencies, tallies[branch], geometry, tables if keep_cells else None)
+            for watcher in _placing(branch, residencies, tallies[branch], geometry, kept_cells)
         ]
     walk.run(progress)
     placed: dict[tuple[Any, ...], PlacementTally] = {
@@ -94,7 +102,6 @@ def run_experiments(
         for _, notes in ran.values():
             notes.append(BLIND)
     first = next(iter(run_forwards.values()))
-    cell_keys: list[Hashable] = [(one.acceptance, one.routing, one.residency) for one in experiments]
     return ReplayResult(
         trace=_told(trace, geometry, first),
         runs=make_runs(geometry, experiments, ran, tallies, placed),
@@ -109,20 +116,33 @@ def _placing(
     residencies: dict[Any, list[Machine]],
     routed: RoutingTally,
     geometry: Geometry,
-    tables: Spool | None,
+    tables: Mapping[Hashable, Spool] | None,
 ) -> Iterator[Any]:
-    """What watches for the residency policies of a branch: one for many where that is all that is asked, else one each."""
+    """What watches for the residency policies of a branch: one for many where that is all that is asked, else one each.
+
+    ``tables``: where the cells go that are kept, by acceptance, routing and residency; None where no run keeps any.
+    """
     together: dict[Any, list[Any]] = {}
     for policy, machines in residencies.items():
-        costs = [machine.cost for machine in machines if machine.cost is not None]
         many = one_pass(policy, machines) if tables is None else None
         if many is None:
-            kept = None if tables is None else (tables, (*branch, policy))
-            yield Placing(policy, geometry, costs, routed, kept)
+            key = (*branch, policy)
+            kept = None if tables is None or key not in tables else (tables[key], key)
+            yield Placing(policy, geometry, cost_models(machines), routed, kept)
         else:
             together.setdefault(many, []).append(policy)
     for many, policies in together.items():
         yield many(policies, geometry)
+
+
+def cost_models(machines: Sequence[Machine]) -> list[CostModel]:
+    """What prices a placement on these machines, each once."""
+    distinct: list[CostModel] = []
+    for machine in machines:
+        for cost in (machine.cost, *machine.band):
+            if cost is not None and cost not in distinct:
+                distinct.append(cost)
+    return distinct
 
 
 def one_pass(policy: Any, machines: Sequence[Machine]) -> Any:

@@ -61,7 +61,7 @@ ROWS_AT_ONCE = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One experiment: policies as ``{"name", "parameters"}``, its figures, and how to read them.
+    """One experiment: policies as ``{"name", "parameters"}``, the machine and its kernel, its figures, and how to read them.
 
     ``estimate`` is false only for the recorded experts on the recorded forwards; ``over_budget``: the residency policy held more
     than its budget, so that its figures are those of a larger one; ``bounds`` are scenario bounds of an estimate.
@@ -72,6 +72,7 @@ class Run:
     routing: dict[str, Any]
     residency: dict[str, Any]
     hardware: str | None
+    kernel: str | None
     summary: dict[str, Any]
     estimate: bool
     over_budget: bool

@@ -1,4 +1,4 @@
-"""From tallies to runs: summaries put together, speed-ups, and the notes that say how far a figure may be trusted."""
+"""From tallies to runs: summaries put together, and the notes that say how far a figure may be trusted."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from simulator.experiment import Branch, Experiment
 from simulator.policy import Geometry
 from simulator.registry import describe
 from simulator.result import Run
+from simulator.speedups import Speedups
 from simulator.tallies.placement_tally import PlacementTally
 from simulator.tallies.summary import RoutingTally
 
@@ -35,20 +36,19 @@ def make_runs(
     routed: Mapping[Branch, RoutingTally],
     placed: Mapping[tuple[Any, ...], PlacementTally],
 ) -> list[Run]:
-    """The runs of experiments, in their order; the first is what the others' speed-up is against.
+    """The runs of experiments, in their order.
 
     Parameters
     ----------
     geometry, experiments
-        What was replayed.
+        What was replayed, without what was replayed along.
     ran : mapping
         Of each acceptance policy: whether any forward was not a recorded one, and what its trajectories say.
-    routed : mapping
-        (acceptance, routing) to its tally.
-    placed : mapping
-        (acceptance, routing, residency) to its tally.
+    routed, placed : mapping
+        (acceptance, routing) and (acceptance, routing, residency) to their tallies, those replayed along too.
     """
     runs: list[Run] = []
+    speedups = Speedups(geometry, routed, placed)
     summaries = {branch: tally.result() for branch, tally in routed.items()}
     for number, one in enumerate(experiments):
         branch = one.acceptance, one.routing
@@ -63,13 +63,11 @@ def make_runs(
         notes += of_budget
         notes += [INTERVAL] if of_routing["unique_experts_ci95"] else []
         notes += [one.machine.note] if one.machine.note else []
-        notes += (
-            memory_notes(one.machine.cost, tally.resident_bytes + tally.staging_bytes)
-            if one.machine.cost is not None
-            else []
-        )
-        accepted = int(routed[branch].accepted.sum()) if routed[branch].accepted_known else 0
-        latency = tally.latency(one.machine.cost, accepted)
+        held = tally.resident_bytes + tally.staging_bytes
+        notes += memory_notes(one.machine.cost, held) if one.machine.cost is not None else []
+        compared = speedups.of(one)
+        notes += speedups.notes(one)
+        latency = tally.latency(one.machine.cost, routed[branch].all_accepted)
         runs.append(
             Run(
                 run=number,
@@ -77,15 +75,14 @@ def make_runs(
                 routing=describe(one.routing),
                 residency=describe(one.residency),
                 hardware=one.machine.spec,
-                summary={**of_routing, **tally.summary(of_routing["assignments"]), **latency},
+                kernel=one.machine.kernel,
+                summary={**of_routing, **tally.summary(of_routing["assignments"]), **latency, **compared},
                 estimate=estimate,
                 over_budget=over_budget,
                 bounds=routed[branch].bounds(),
                 notes=notes,
             )
         )
-    for run in runs:
-        run.summary["speedup"] = speedup(runs[0].summary, run.summary)
     return runs
 
 
@@ -166,18 +163,3 @@ def memory_notes(cost: CostModel, resident_bytes: int) -> list[str]:
         f"than the {machine.gpu_memory_bytes / 1e9:.4g} GB of {machine.name}; latency and speed are those of a GPU like it "
         "with room for them. vram gives a residency policy the budget that fits."
     ]
-
-
-def speedup(first: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    """Ratio of accepted tokens a second, or of latencies where no token was accepted; None where either has no latency.
-
-    Parameters
-    ----------
-    first, other : mapping
-        ``latency_s`` and ``tokens_per_s`` of the run to compare with, and of the other.
-    """
-    if not first.get("latency_s") or not other.get("latency_s"):
-        return None
-    if first.get("tokens_per_s") and other.get("tokens_per_s"):
-        return other["tokens_per_s"] / first["tokens_per_s"]
-    return first["latency_s"] / other["latency_s"]

@@ -31,6 +31,8 @@ Row = dict[str, Any]
 
 NAMES = ("trace", "key", "model", "acceptance", "routing", "residency", "hardware")
 """First columns: which trace (:func:`trace_identity`), fingerprint of all that decides the row, model, and specs."""
+TEXTS = (*NAMES, "kernel")
+"""Columns that are texts even where no row has any."""
 
 POLICY_AXES = ("acceptance", "routing", "residency")
 
@@ -83,8 +85,11 @@ def _plain(value: Any) -> Any:
 
 
 def run_row(names: Row, run: Run) -> Row:
-    """One run as a flat row: parameters as ``routing.top_p``, parts of a figure as ``latency.dense``, intervals by end."""
-    row = dict(names)
+    """One run as a flat row: parameters as ``routing.top_p``, parts of a figure as ``latency.dense``, intervals by end.
+
+    Of a speed-up its value, and the ends of its band as ``speedup.low`` and ``speedup.high``.
+    """
+    row = {**names, "kernel": run.kernel}
     for axis in POLICY_AXES:
         row |= {f"{axis}.{key}": value for key, value in getattr(run, axis)["parameters"].items()}
     # The same columns in the same order for every run, whatever it has no figure for.
@@ -93,6 +98,8 @@ def run_row(names: Row, run: Run) -> Row:
             row |= {f"{key}.{part}": (value or {}).get(part) for part in PARTS_OF[key]}
         elif key == "unique_experts_ci95":
             row |= _ends(key, value)
+        elif key == "speedup":
+            row |= {key: value and value["value"]} | _ends(key, value and (value["low"], value["high"]))
         else:
             row[key] = value
     row["estimate"], row["over_budget"] = run.estimate, run.over_budget
@@ -143,7 +150,7 @@ def frame_of(rows: Iterable[Row]) -> pl.DataFrame:
     rows = list(rows)
     found = dict.fromkeys(key for row in rows for key in row)
     parameters = [key for key in found if key.startswith(tuple(f"{axis}." for axis in POLICY_AXES))]
-    columns = dict.fromkeys([*NAMES, *sorted(parameters), *found])
+    columns = dict.fromkeys([*TEXTS, *sorted(parameters), *found])
     series = [_series(name, [row.get(name) for row in rows]) for name in columns]
     return pl.DataFrame(series)
 
@@ -158,7 +165,7 @@ def _series(name: str, values: list[Any]) -> pl.Series:
         return pl.Series(name, values, pl.List(pl.Float64))
     if kinds <= {int} and kinds:
         return pl.Series(name, values, pl.Int64)
-    if kinds <= {int, float} and (kinds or name not in NAMES):
+    if kinds <= {int, float} and (kinds or name not in TEXTS):
         return pl.Series(name, values, pl.Float64)
     if kinds == {bool}:
         return pl.Series(name, values, pl.Boolean)

@@ -16,7 +16,6 @@ from simulator.experiment import Branch, Experiment, check_hashable, make_experi
 from simulator.policy import Geometry
 from simulator.registry import load_policy, spec_of
 from simulator.replaying import one_pass, run_experiments
-from simulator.runs import speedup
 from simulator.spec import expand, split
 from simulator.sweep_table import Row, fingerprint, frame_of, read_rows, run_row, trace_identity, write_rows
 from tracer.errors import UserError
@@ -46,7 +45,7 @@ class SweepResult:
 
     @property
     def frame(self) -> pl.DataFrame:
-        """One row a run: specs, parameters, figures, ``estimate`` and ``notes``; ``speedup`` against the first row."""
+        """One row a run: specs, parameters, figures, ``estimate`` and ``notes``."""
         return frame_of(self.rows)
 
 
@@ -124,9 +123,6 @@ def sweep(
 
     def save() -> list[Row]:
         rows = [found[point.specs] for point in points if point.specs in found]
-        same_trace = [row for row in others if row["trace"] == points[0].names["trace"]]
-        for row in (*rows, *same_trace):
-            row["speedup"] = speedup(rows[0], row)
         write_rows(path, [*rows, *others])
         return rows
 

@@ -472,30 +472,32 @@ def test_a_narrow_pipe_has_narrow_tables(trace, monkeypatch):
     assert "Left out" not in run("interval", trace, "--budget", 16).stdout
 
 
-def test_hardware_lists_machines_parts_and_lines_with_their_sources():
+def test_hardware_lists_machines_and_parts_with_their_sources():
     found = json.loads(run("hardware", "--json").stdout)
     kinds = {(item["kind"], item["name"]) for item in found}
-    assert {("machine", "h100-pcie5"), ("gpu", "h200"), ("cpu", "grace"), ("line", "sglang")} <= kinds
-    assert {kind for kind, _ in kinds} == {"machine", "gpu", "cpu", "dram", "nvme", "line"}
+    assert {("machine", "h100-pcie5"), ("gpu", "h200"), ("cpu", "grace"), ("kernel", "sglang")} <= kinds
+    assert {kind for kind, _ in kinds} == {"machine", "gpu", "cpu", "dram", "nvme", "kernel"}
     assert all(item["values"].keys() == item["sources"].keys() for item in found)
     machine = next(item for item in found if item["name"] == "h100-pcie5")
-    assert machine["parts"] == {"gpu": "h100-sxm", "cpu": "xeon-8468", "dram": "ddr5-4800x8", "nvme": "nvme-gen5"}
+    parts = {"gpu": "h100-sxm", "cpu": "xeon-8468", "dram": "ddr5-4800x8", "nvme": "nvme-gen5", "kernel": "vllm_fused"}
+    assert machine["parts"] == parts
     listed = run("hardware").stdout
     for item in found:
         shown = item["name"] if item["kind"] == "machine" else f"{item['kind']}={item['name']}"
         assert any(line.split()[:1] == [shown] for line in listed.splitlines())
     assert "278.96 us" in listed and "overlap=true" in listed and "host_gib=" in listed
     names = run("hardware", "--quiet").stdout.split()
-    assert len(names) == len(found) and {"h200", "gpu=h200", "line=sglang"} <= set(names)
+    assert len(names) == len(found) and {"h200", "gpu=h200", "kernel=sglang"} <= set(names)
 
 
 def test_one_machine_or_part_has_every_value_with_its_source():
     for name, key, amount in (
         ("h100-pcie5", "gpu_bytes_per_s", "3,350 GB/s"),
-        ("h100-pcie5:gpu=h200,line=sglang", "line_slope_us", "1.25 us"),
+        ("h100-pcie5:gpu=h200,kernel=sglang", "floor_s", "278.96 us"),
+        ("h100", "bandwidth_efficiency", "83 % of the peak"),
         ("gpu=rtx-4090", "gpu_memory_bytes", "24 GB"),
         ("xeon-8380", "cpu_flops", "5.888 TFLOP/s"),
-        ("sglang", "line_intercept_us", "278.96 us"),
+        ("sglang", "floor_s", "278.96 us"),
         ("nvme-gen5", "nvme_latency_s", "45.5 us"),
     ):
         one = json.loads(run("hardware", name, "--json").stdout)
@@ -505,12 +507,23 @@ def test_one_machine_or_part_has_every_value_with_its_source():
         assert amount in row and one["sources"][key] in row
     # A name that a machine has is the machine's.
     assert json.loads(run("hardware", "rtx-4090", "--json").stdout)["kind"] == "machine"
-    assert "h100-pcie5" in refused("hardware", "abacus") and "sglang" in refused("hardware", "line=abacus")
+    assert "h100-pcie5" in refused("hardware", "abacus") and "sglang" in refused("hardware", "kernel=abacus")
+    for spec in ("line=sglang", "h100:line=1+2"):
+        assert "give it a kernel, kernel=grouped_mm" in refused("hardware", spec)
     for verb in ("replay", "sweep", "interval"):
         told = " ".join(run(verb, "--help").stdout.split())
         assert all(
-            word in told for word in ("gpu, cpu, dram, nvme, line", "overlap=true", "host_gib=GIB", "line=sglang")
+            word in told
+            for word in ("gpu, cpu, dram, nvme, kernel", "overlap=true", "host_gib=GIB", "kernel=grouped_mm")
         )
+
+
+def test_a_machine_prints_as_a_file_that_loads_again(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(run("hardware", "h100", "--toml").stdout, encoding="utf-8")
+    mine, theirs = (json.loads(run("hardware", name, "--json").stdout) for name in (path, "h100-pcie5"))
+    assert {**mine, "name": "h100-pcie5"} == theirs
+    assert "name a machine" in refused("hardware", "gpu=h200", "--toml") and "name it" in refused("hardware", "--toml")
 
 
 def test_one_model_has_every_value_with_its_source():

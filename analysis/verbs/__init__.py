@@ -21,8 +21,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is already th
 TracePath = Annotated[Path, typer.Argument(help="A trace folder.", metavar="TRACE")]
 PageOut = Annotated[Path | None, typer.Option("--out", help="Write a page of charts here.")]
 HARDWARE = (
-    "NAME, FILE.toml or NAME:key=value,... with other parts (gpu, cpu, dram, nvme, line), as line=sglang, or overlap=true or "
-    "host_gib=GIB; moetrace hardware lists them."
+    "NAME, FILE.toml or NAME:key=value,... with other parts (gpu, cpu, dram, nvme, kernel), as kernel=grouped_mm, or "
+    "overlap=true or host_gib=GIB; moetrace hardware lists them."
 )
 
 

@@ -30,6 +30,7 @@ def demo(
     from analysis.reporting import report as write_report
     from analysis.terminal import run_table
     from simulator import replay as run_replay
+    from simulator.speedups import RESIDENCY_NOTE, ROUTING_NOTE
     from tracer.capture import run_capture
     from tracer.capture_plan import DEMO_OPTIONS, demo_prompts, plan_capture
     from tracer.parquet import open_trace
@@ -60,4 +61,6 @@ def demo(
         rows = [(trace.meta.model.id, names, result) for trace, result in zip(traces, results, strict=True)]
         print_table(run_table(rows), elsewhere="the report")
         typer.echo("Rows in italics are estimates: other experts or other forwards than the recorded ones.")
+        typer.echo(ROUTING_NOTE)
+        typer.echo(RESIDENCY_NOTE)
     typer.echo(f"The report is {report.resolve()}" if shown else str(report))

@@ -168,9 +168,9 @@ class PlacementTally:
         return int(self.sizes[fetched].max(initial=0)) if self.staged else 0
 
     def latency(self, priced: CostModel | None, accepted: int) -> dict[str, Any]:
-        """The latency keys on one of the cost models; all null without one. ``speedup`` is the result's to fill."""
+        """The latency keys on one of the cost models; all null without one."""
         if priced is None:
-            return {"latency_s": None, "latency": None, "tokens_per_s": None, "speedup": None}
+            return {"latency_s": None, "latency": None, "tokens_per_s": None}
         cost = self.costs.index(priced)
         dense, total = self.seconds[cost].totals()
         # Partial sums, so that it does not show which layers were served together.
@@ -180,7 +180,6 @@ class PlacementTally:
             "latency_s": total,
             "latency": dict(zip(PARTS, parts, strict=True)),
             "tokens_per_s": ratio(accepted, total) if accepted else None,
-            "speedup": None,
         }
 
 

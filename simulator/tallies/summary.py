@@ -132,6 +132,11 @@ class RoutingTally(Watcher):
             "working_set_experts": self.working_sets.means(),
         }
 
+    @property
+    def all_accepted(self) -> int:
+        """Tokens that forwards of every kind accepted; 0 where that is not known."""
+        return int(self.accepted.sum()) if self.accepted_known else 0
+
     def _of_requests(self) -> tuple[list[tuple[int, int]], np.ndarray]:
         """Of each request with denoise cells: their number and the unique experts of its block in them; its share of them.
 

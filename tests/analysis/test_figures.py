@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from analysis.figures import FIGURES, IN_PARTS, NUMBERS, WRITTEN, figures_markdown, shown_in, values
+from analysis.figures import BANDS, COLUMNS, FIGURES, IN_PARTS, WRITTEN, band, cell, figures_markdown, shown_in, values
 from simulator import replay
 from tests.analysis import replayed
 
@@ -17,11 +17,30 @@ def test_every_key_of_a_summary_is_a_figure(tmp_path):
     for run in runs:
         assert set(run.summary) | {"ms_per_forward"} == set(FIGURES)
         for name, value in run.summary.items():
-            assert value is None or isinstance(value, int | float) == (FIGURES[name].written != IN_PARTS), name
+            number = FIGURES[name].written != IN_PARTS and name not in BANDS
+            assert value is None or isinstance(value, int | float) == number, name
         told = values(run.summary)
-        assert set(told) == set(NUMBERS)
+        assert set(told) == set(COLUMNS)
+        for name in BANDS:
+            parts = run.summary[name]
+            assert [told[key] for key in (name, f"{name}.low", f"{name}.high")] == [
+                parts["value"],
+                parts["low"],
+                parts["high"],
+            ]
+            assert cell(name, told) == (parts["low"], parts["high"])
         assert told["ms_per_forward"] == 1e3 * run.summary["latency_s"] / run.summary["forwards"]
     assert set(values({}).values()) == {None}
+
+
+def test_a_band_is_written_with_both_ends_unless_they_read_the_same():
+    assert [band(ends) for ends in ((1.3, 1.61), (0.484, 1.0), (0.99, 1.04), (1.01, 1.02))] == [
+        "1.3x to 1.6x",
+        "0.48x to 1.0x",
+        "0.99x to 1.0x",
+        "1.0x",
+    ]
+    assert cell("speedup", values({})) is None
 
 
 def test_figures_are_whole():

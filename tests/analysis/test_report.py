@@ -12,6 +12,7 @@ import pytest
 
 from analysis import page
 from analysis.aggregate import MAX_ROWS
+from analysis.figures import band
 from analysis.metrics import consistency
 from analysis.reporting import match, render, report
 from analysis.summary import ReplaySummary, read_replay, summarise_trace
@@ -108,7 +109,7 @@ def test_known_figures_stand_in_the_page(read):
         "keeps 87.1% of the vanilla gate weight (estimate).",
         "With vanilla routing, tide residency, holding 7.08 MB of weights, finds the expert in fast memory for 86.2% of the",
         "token-slots and moves 1.1 MB to the GPU a forward.",
-        "On h100-pcie5, team × tide is the fastest of the runs that do not hold every expert",
+        "On h100-pcie5 with the kernel vllm_fused, team × tide is the fastest of the runs that do not hold every expert",
         f"{8_123 / decisions:.2f}",
         f"{28_123 / decisions:.2f}",
         "83.3 kB",
@@ -123,8 +124,12 @@ def test_the_run_table_holds_the_figures_of_each_run(written):
     html = written.read_text(encoding="utf-8")
     runs = replayed.document()["runs"]
     for run in (runs[0], runs[5]):
-        for key in ("unique_experts", "tokens_per_forward", "hit_rate", "tokens_per_s", "speedup"):
+        for key in ("unique_experts", "tokens_per_forward", "hit_rate", "tokens_per_s"):
             assert f'data-sort="{float(run["summary"][key])!r}"' in html, (run["run"], key)
+        ends = run["summary"]["speedup"]["low"], run["summary"]["speedup"]["high"]
+        assert f'data-sort="{ends[0]!r}">{band(ends)}</td>' in html
+    assert "Latency is estimated on h100-pcie5 with the kernel vllm_fused." in html
+    assert "A speed-up is against vanilla routing on the recorded forwards" in html
     assert html.count("<tr class=estimate>") == 6 + 10
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from simulator.cost import CostModel
 from simulator.policy import Placement
-from simulator.presets import Hardware, Line, load_hardware
-from simulator.pricing import cost_model, hardware_options, priced_on
+from simulator.presets import BAND, Hardware, Kernel, load_hardware, load_kernel, part_names
+from simulator.pricing import cost_model, hardware_options, kernel_band, priced_on
 from tests.made_up.tables import forward_table, meta_of, stream_of
 from tracer.errors import UserError
 from tracer.schema import DENOISE
@@ -24,24 +24,34 @@ MACHINE = Hardware(
     gpu_memory_bytes=1e9,
     gpu_bytes_per_s=1e9,
     gpu_flops=1e12,
-    gpu_overhead_s=1e-6,
     cpu_bytes_per_s=1e8,
     cpu_flops=1e10,
     cpu_overhead_s=2e-6,
     h2d_bytes_per_s=5e7,
     d2h_bytes_per_s=4e7,
     copy_latency_s=3e-6,
+    kernel=Kernel("toy", floor_s=7e-6, bandwidth_efficiency=0.7, overhead_s=1e-6, flops_efficiency=0.6, row_s=3e-9),
     sources={},
 )
 HIDDEN, INTER, DENSE, WIDTH = 64, 32, 1 << 20, 2
 
 
+def naive_layer(machine, tokens, size, hidden=HIDDEN, inter=INTER):
+    """Seconds of a layer's experts on the GPU, one after the other: a floor where there is any, and what each adds.
+
+    ``tokens`` are the rows of each expert that runs there, ``size`` bytes of one.
+    """
+    kernel, total = machine.kernel, 0.0
+    for n in tokens:
+        read = size / (kernel.bandwidth_efficiency * machine.gpu_bytes_per_s)
+        compute = 6.0 * hidden * inter / (kernel.flops_efficiency * machine.gpu_flops) * n
+        total += max(read, compute) + kernel.overhead_s + kernel.row_s * n
+    return total + kernel.floor_s if tokens else 0.0
+
+
 def naive_seconds(tokens, on_gpu, promotions, copied_back, size):
     """One cell by the formulas of the docstring: to_gpu, to_host, gpu_experts, cpu_experts."""
     m = MACHINE
-
-    def g(n):
-        return max(size / m.gpu_bytes_per_s, 6 * HIDDEN * INTER * n / m.gpu_flops) + m.gpu_overhead_s
 
     def c(n):
         compute = max(size / m.cpu_bytes_per_s, 6 * HIDDEN * INTER * n / m.cpu_flops) + m.cpu_overhead_s
@@ -52,7 +62,7 @@ def naive_seconds(tokens, on_gpu, promotions, copied_back, size):
     return [
         promotions * (m.copy_latency_s + size / m.h2d_bytes_per_s),
         copied_back * (m.copy_latency_s + size / m.d2h_bytes_per_s),
-        sum(g(n) for n, there in zip(tokens, on_gpu, strict=True) if there),
+        naive_layer(m, [n for n, there in zip(tokens, on_gpu, strict=True) if there], size),
         sum(c(n) for n, there in zip(tokens, on_gpu, strict=True) if not there),
     ]
 
@@ -130,18 +140,43 @@ def test_a_trace_that_does_not_know_its_model_has_no_latency():
         assert model is None and missing in note
 
 
-def test_the_line_replaces_the_experts_on_the_gpu_and_nothing_else():
-    cells = [[[0, 1]] * 3 + [[1, 2]] * 900, [], [[3], [4]], [[5]]]
-    stream = stream_of(cells)
-    on_gpu = np.array([True, False, True, False, True, False])
-    counts = [np.array(c) for c in ([2, 0, 1, 0], [1, 0, 1, 0], [1, 0, 0, 0], [2, 2, 2, 2])]
-    placement, size = Placement(on_gpu, on_gpu, *counts), np.array([6000, 6000, 9000, 9000])
-    machine = dataclasses.replace(MACHINE, line=Line(278.96, 1.25))
-    plain, lined = (
-        CostModel(m, HIDDEN, INTER, DENSE, WIDTH).cell_seconds(stream, placement, size) for m in (MACHINE, machine)
-    )
-    assert lined[:, [0, 1, 3]].tolist() == plain[:, [0, 1, 3]].tolist()
-    assert lined[:, 2] == pytest.approx([(278.96 + 2 * 1.25) / 1e6, 0, (278.96 + 1.25) / 1e6, 0], rel=1e-12)
+@given(
+    cells=st.lists(st.lists(st.tuples(st.integers(1, 5000), st.booleans()), max_size=9), max_size=5),
+    kernel=st.builds(
+        Kernel,
+        st.just("any"),
+        floor_s=st.floats(0, 1e-3),
+        bandwidth_efficiency=st.floats(0.01, 2),
+        overhead_s=st.floats(0, 1e-4),
+        flops_efficiency=st.floats(0.01, 1),
+        row_s=st.floats(0, 1e-6),
+    ),
+    size=st.integers(1, 10**8),
+)
+@settings(max_examples=120, deadline=None)
+def test_a_layer_on_the_gpu_takes_what_its_kernel_says_to_the_bit(cells, kernel, size):
+    machine = dataclasses.replace(MACHINE, kernel=kernel)
+    stream = stream_of([[[e] for e in range(len(cell))] for cell in cells])
+    entries = [entry for cell in cells for entry in cell]
+    stream = dataclasses.replace(stream, tokens=np.array([n for n, _ in entries], np.uint32))
+    on_gpu, none = np.array([there for _, there in entries], bool), np.zeros(len(cells), np.int64)
+    placement = Placement(on_gpu, on_gpu, none, none, none, none)
+    cost = CostModel(machine, HIDDEN, INTER, DENSE, WIDTH)
+    seconds = cost.cell_seconds(stream, placement, np.full(len(cells), size))
+    expected = [naive_layer(machine, [n for n, there in cell if there], size) for cell in cells]
+    assert seconds[:, 2].tolist() == expected
+    # The kernel is the GPU's alone.
+    ideal = CostModel(dataclasses.replace(MACHINE, kernel=load_kernel("ideal")), HIDDEN, INTER, DENSE, WIDTH)
+    assert (seconds[:, 3] == ideal.cell_seconds(stream, placement, np.full(len(cells), size))[:, 3]).all()
+
+
+@pytest.mark.parametrize("name", part_names("kernel"))
+def test_without_an_expert_on_the_gpu_no_kernel_takes_time(name):
+    machine = dataclasses.replace(MACHINE, kernel=load_kernel(name))
+    stream, nowhere, none = stream_of([[[0]], []]), np.zeros(1, bool), np.zeros(2, np.int64)
+    placement = Placement(nowhere, nowhere, none, none, none, none)
+    seconds = CostModel(machine, HIDDEN, INTER, DENSE, WIDTH).cell_seconds(stream, placement, np.full(2, 6000))
+    assert seconds[:, 2].tolist() == [0.0, 0.0]
 
 
 @given(
@@ -186,11 +221,10 @@ def test_a_spec_names_a_machine_its_parts_and_how_it_is_priced():
     info = meta_of({1: RouterSpec(8, 2)}, expert_bytes={1: 1 << 28}).model
     plain, _ = priced_on("h100-pcie5", info)
     assert plain == cost_model(load_hardware("h100-pcie5"), info)[0]
-    cost, note = priced_on("h100-pcie5:overlap=true, host_gib=0.5,gpu=l40s,line=278.96+1.25", info)
+    cost, note = priced_on("h100-pcie5:overlap=true, host_gib=0.5,gpu=l40s,kernel=sglang", info)
     assert (cost.overlap, cost.host_share, cost.hardware.gpu_bytes_per_s) == (True, 0.25, 864e9)
-    assert cost.hardware.line == Line(278.96, 1.25)
-    assert "side by side" in note and "278.96 us + 1.25 us each" in note and "25.0%" in note
-    assert priced_on("h100-pcie5:line=sglang,overlap=false", info)[0].hardware.line == Line(278.96, 1.25)
+    assert cost.hardware.kernel == load_kernel("sglang")
+    assert "side by side" in note and "the kernel sglang" in note and "49 to 86 experts" in note and "25.0%" in note
     assert priced_on("h100-pcie5:overlap=true", info)[0] == dataclasses.replace(plain, overlap=True)
 
 
@@ -208,16 +242,43 @@ def test_a_spec_names_a_machine_its_parts_and_how_it_is_priced():
         ("h100-pcie5:host_gib=much", "host_gib=much is no amount of memory"),
         ("h100-pcie5:host_gib=-1", r"host_gib=-1\.0 is no amount of memory"),
         ("h100-pcie5:gpu=abacus", "There is no gpu part 'abacus'; there are a100-40gb"),
-        ("h100-pcie5:line=fast", "There is no line part 'fast'; there are sglang"),
-        ("h100-pcie5:line=a+1", r"line=a\+1 is no line; give INTERCEPT\+SLOPE"),
-        ("h100-pcie5:line=1+-2", r"line=1\+-2 is no line"),
-        ("h100-pcie5:line=nan+2", r"line=nan\+2 is no line"),
+        ("h100-pcie5:kernel=fast", "There is no kernel part 'fast'; there are grouped_mm"),
+        (
+            "h100-pcie5:line=sglang",
+            "^A machine has no line any more; give it a kernel, kernel=grouped_mm, [^.]*kernel=sglang",
+        ),
+        ("h100-pcie5:overlap=true, line=1+2", "give it a kernel, kernel=grouped_mm"),
         ("abacus:overlap=true", "There is no hardware preset 'abacus'"),
     ],
 )
 def test_specs_that_do_not_load_say_what_to_give(spec, reason):
     with pytest.raises(UserError, match=reason):
         priced_on(spec, meta_of({1: RouterSpec(8, 2)}).model)
+
+
+def test_what_a_note_says_of_the_kernel():
+    info = meta_of({1: RouterSpec(8, 2)}).model
+    for spec, kernel, stands_in in (
+        ("h100-pcie5", "vllm_fused", False),
+        ("h100-pcie5:kernel=grouped_mm", "grouped_mm", False),
+        ("rtx-4090", "grouped_mm", True),
+        ("mi300x", "vllm_fused", True),
+        ("rtx-4090:kernel=loop", "loop", False),
+        ("h200:kernel=ideal", "ideal", False),
+    ):
+        note = priced_on(spec, info)[1]
+        assert f"run in the kernel {kernel}: {load_kernel(kernel).description}" in note
+        assert ("those of h100-sxm and stand in here" in note) == stands_in
+    assert "a bound that no kernel reaches" in priced_on("h100:kernel=ideal", info)[1]
+    short, note = priced_on("h100", info)
+    assert short == priced_on("h100-pcie5", info)[0] and note.startswith("h100 is h100-pcie5: NVIDIA H100 SXM 80 GB")
+
+
+def test_a_band_is_the_same_machine_with_two_kernels():
+    cost, _ = priced_on("rtx-4090:kernel=loop,host_gib=1", meta_of({1: RouterSpec(8, 2)}).model)
+    band = kernel_band(cost)
+    assert [one.hardware.kernel for one in band] == [load_kernel(name) for name in BAND]
+    assert all(dataclasses.replace(one, hardware=cost.hardware) == cost for one in band)
 
 
 def test_paths_may_hold_colons_and_options_follow_their_ending():

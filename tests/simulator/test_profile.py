@@ -91,11 +91,12 @@ def test_a_gpu_is_measured_beside_the_host(monkeypatch, tmp_path):
     fake = types.SimpleNamespace(cuda=types.SimpleNamespace(get_device_name=lambda at: 'A "fast" card'))
     values = {key: 2.5 + at for at, key in enumerate(PARTS["gpu"])}
     monkeypatch.setattr(profile, "cuda_torch", lambda: fake)
-    monkeypatch.setattr(profile, "gpu_speed", lambda torch, limits: values)
+    monkeypatch.setattr(profile, "gpu_speed", lambda torch, limits: values | {"gpu_overhead_s": 0.5})
     found = profile.write_profile(tmp_path / "mine.toml", limits=SMALL, gpu="l40s")
     machine = load_hardware(str(tmp_path / "mine.toml"))
     assert {key: getattr(machine, key) for key in values} == values
     assert all(machine.sources[key].startswith('measured on A "fast" card, ') for key in values)
+    assert found["measurements"]["gpu_overhead_s"] == 0.5 and machine.kernel.name == "grouped_mm"
     assert found["gpu"] == 'A "fast" card' and 'beside A "fast" card' in machine.description
 
 
@@ -206,7 +207,7 @@ def test_the_gpu_s_numbers_are_divided_right(clock):
         "gpu_flops",
         "gpu_overhead_s",
     )
-    assert set(found) == set(PARTS["gpu"])
+    assert set(found) == {*PARTS["gpu"], "gpu_overhead_s"}
     assert found["h2d_bytes_per_s"] == found["d2h_bytes_per_s"] == (1 << 24) / 2
     assert found["copy_latency_s"] == 3.0 / measure_gpu.LAUNCHES
     # The fewest that can take turns.
