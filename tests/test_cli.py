@@ -174,6 +174,14 @@ def test_a_team_capture_replays_as_it_ran(tmp_path):
         (["capture", "demo:sdar", "--prompt", "x", "--temperature", "1", "--loop", "team"], "--temperature"),
         (["capture", "demo:llada2", "--prompt", "x", "--loop", "team"], "demo:llada2 is not"),
         (["capture", "random:missing.json", "--prompt-tokens", "4"], "missing.json"),
+        (["capture", "./LLaDA2.0-mini", "--prompt", "x"], "no model folder ./LLaDA2.0-mini"),
+        (["capture", "../models/LLaDA2", "--prompt", "x"], "no model folder"),
+        (["capture", "~/LLaDA2.0-mini", "--prompt", "x"], "no model folder"),
+        (["capture", "models/config.json", "--prompt", "x"], "random:models/config.json"),
+        (["capture", "demo:llada2", "--prompt", "x", "--mask-id", "-1"], "--mask-id"),
+        (["capture", "demo:llada2", "--prompt", "x", "--adapter", "mine"], "module:function"),
+        (["capture", "demo:llada2", "--prompt", "x", "--adapter", "no_such_module:read"], "no_such_module"),
+        (["capture", "demo:llada2", "--prompt", "x", "--adapter", "json:read"], "no function read"),
     ],
 )
 def test_capture_refuses_in_a_sentence(args, says, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tracer.adapters.named import named_adapter
 from tracer.capture_plan import CapturePlan, as_size
 from tracer.decode import decode_llada2, decode_own, decode_sdar, decode_team
 from tracer.files.folder import last_state
@@ -87,6 +88,7 @@ def run_capture(plan: CapturePlan, on_step: Callable[[int, float, int], None] | 
                 },
                 model_id=loaded.id,
                 revision=loaded.revision,
+                adapter=named_adapter(options.adapter) if options.adapter else None,
                 force=options.force,
                 append=options.resume,
                 compact=options.compact,

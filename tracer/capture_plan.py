@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tracer.adapters.find import find_gates
+from tracer.adapters.named import named_adapter
 from tracer.decoding.team_layers import check_limited
 from tracer.decoding.team_rules import BRANCHES
 from tracer.errors import UserError
@@ -17,6 +18,7 @@ from tracer.models import LoadedModel, load_model
 from tracer.prompts import Prompt, RandomPrompts, read_prompts
 from tracer.schema import LEVELS
 
+DEFAULT_BLOCK = 32
 LOOPS = ("auto", "llada2", "sdar", "team", "own")
 
 
@@ -24,7 +26,8 @@ LOOPS = ("auto", "llada2", "sdar", "team", "own")
 class CaptureOptions:
     """What to record and how to decode; the defaults are LLaDA2.0's and SDAR's (block 32, 32 steps, threshold 0.95).
 
-    ``kv_cache`` None means what the loop's released code does: none for LLaDA2, a prefix cache for SDAR and TEAM.
+    ``kv_cache`` None means what the loop's released code does: none for LLaDA2, a prefix cache for SDAR and TEAM. ``mask_id`` and
+    ``eos_id`` None mean what :mod:`tracer.families` knows. ``adapter`` names a reader of routers, as ``module:function``.
     """
 
     level: str = "active"
@@ -44,6 +47,9 @@ class CaptureOptions:
     dtype: str | None = None
     device_map: str | None = None
     trust_remote_code: bool = False
+    mask_id: int | None = None
+    eos_id: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self):
         if self.level not in LEVELS:
@@ -52,7 +58,7 @@ class CaptureOptions:
             raise UserError(f"Unknown decoding loop '{self.loop}'; choose one of {', '.join(LOOPS)}.")
         if self.force and self.resume:
             raise UserError("--force replaces a trace and --resume goes on with it; give one of them.")
-        for name, low in (("block_length", 1), ("steps", 1), ("gen_length", 1)):
+        for name, low in (("block_length", 1), ("steps", 1), ("gen_length", 1), ("mask_id", 0), ("eos_id", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {value}.")
@@ -116,6 +122,8 @@ def plan_capture(model: str, out: Path, prompts: list[Prompt] | RandomPrompts, o
         Anything wrong with the request, in one sentence; nothing has been written then.
     """
     _check_destination(Path(out), options)
+    if options.adapter is not None:
+        named_adapter(options.adapter)
     loaded = load_model(
         model,
         device=options.device,
@@ -123,13 +131,15 @@ def plan_capture(model: str, out: Path, prompts: list[Prompt] | RandomPrompts, o
         device_map=options.device_map,
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,
+        mask_id=options.mask_id,
+        eos_id=options.eos_id,
     )
     loop = loaded.loop if options.loop == "auto" else options.loop
     if loop != "own" and loaded.mask_id is None:
         raise UserError(
-            f"{loaded.id} names no mask token in its config, so the {loop} loop cannot run; use --loop own."
+            f"No mask token is known of {loaded.id}, so the {loop} loop cannot run; give --mask-id, or use --loop own."
         )
-    block_length = options.block_length or loaded.block_length
+    block_length = options.block_length or loaded.block_length or DEFAULT_BLOCK
     options = replace(
         options,
         loop=loop,

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 
 from tracer.errors import UserError
+from tracer.families import DecodingFacts, decoding_facts
 
 DEMO_MODELS = ("llada2", "sdar")
 DTYPES = ("float32", "bfloat16", "float16")
-
-# Mask and end-of-text ids of released checkpoints whose config.json does not name them (model cards of LLaDA2.0 and SDAR).
-KNOWN_MASKS = {"llada2_moe": (156895, 156892), "sdar_moe": (151669, None), "sdar": (151669, None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class LoadedModel:
     mask_id: int | None
     eos_id: int | None
     pad_id: int | None
-    block_length: int
+    block_length: int | None
     context: int | None
     vocab_size: int
     revision: str | None = None
@@ -75,6 +73,8 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    mask_id: int | None = None,
+    eos_id: int | None = None,
 ) -> LoadedModel:
     """Load a model by name.
 
@@ -92,6 +92,8 @@ def load_model(
         Run Python files that come with the checkpoint. Off unless asked.
     seed : int
         Of the random weights of ``random:``.
+    mask_id, eos_id : int, optional
+        Mask and end token; by default what the configuration or the model's family says.
 
     Raises
     ------
@@ -113,7 +115,7 @@ def load_model(
         model = model.to(target)
     model.eval()
     tokenizer = None if spec.startswith("random:") else _tokenizer(folder, spec, trust_remote_code)
-    return _describe(model, name, tokenizer)
+    return _describe(model, name, tokenizer, decoding_facts(model, mask_id, eos_id))
 
 
 def _device(device: str) -> torch.device:
@@ -145,13 +147,15 @@ def _locate(spec: str) -> tuple[Path | None, str]:
                 f"There is no demo model '{name}'; there are {' and '.join('demo:' + n for n in DEMO_MODELS)}."
             )
         return Path(__file__).parent / "demo" / name, spec
-    path = Path(spec)
+    path = Path(spec).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{spec} holds no config.json, so it is not a model folder.")
         # The folder's name only: a trace carries no path of the machine it was made on.
         return path, path.resolve().name
-    if path.suffix or spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+    if spec.endswith(".json"):
+        raise UserError(f"{spec} is a config without weights; random:{spec} draws some.")
+    if spec.count("/") != 1 or spec.startswith(("./", "../", "/", "~")):
         raise UserError(f"There is no model folder {spec}; name a folder, a hub id, demo:llada2 or demo:sdar.")
     return None, spec
 
@@ -209,33 +213,18 @@ def _tokenizer(folder: Path | None, spec: str, trust_remote_code: bool):
         return None
 
 
-def _describe(model, name: str, tokenizer) -> LoadedModel:
+def _describe(model, name: str, tokenizer, facts: DecodingFacts) -> LoadedModel:
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kind = str(getattr(config, "model_type", "")).lower()
-    class_name = type(model).__name__.lower()
-    mask, eos = KNOWN_MASKS.get(kind, (None, None))
-    mask = getattr(config, "mask_token_id", None) if getattr(config, "mask_token_id", None) is not None else mask
-    eos = getattr(config, "eos_token_id", None) if getattr(config, "eos_token_id", None) is not None else eos
-    if isinstance(eos, list | tuple):
-        eos = eos[0]
-    if mask is None:
-        loop = "own"
-    elif "llada2" in kind or "llada2" in class_name:
-        loop = "llada2"
-    elif "sdar" in kind or "sdar" in class_name or kind == "qwen3_moe":
-        loop = "sdar"
-    else:
-        loop = "own"
     return LoadedModel(
         model=model,
         id=name,
-        loop=loop,
+        loop=facts.loop,
         tokenizer=tokenizer,
-        mask_id=mask,
-        eos_id=eos,
+        mask_id=facts.mask_id,
+        eos_id=facts.eos_id,
         pad_id=getattr(config, "pad_token_id", None),
-        block_length=int(getattr(config, "block_length", None) or 32),
+        block_length=facts.block_length,
         context=getattr(text, "max_position_embeddings", None),
         vocab_size=int(text.vocab_size),
         revision=getattr(config, "_commit_hash", None),

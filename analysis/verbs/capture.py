@@ -38,6 +38,12 @@ def capture(
     gen_length: Annotated[int, typer.Option(help="Tokens to generate a prompt.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, random prompts and random weights.")] = 0,
+    mask_id: Annotated[int | None, typer.Option(help="The mask token, where model and family do not say.")] = None,
+    eos_id: Annotated[int | None, typer.Option(help="The token that ends a text.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="module:function that reads routers of an unknown kind.", metavar="MODULE:FUNCTION"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default float32 on a CPU.")] = None,
     device_map: Annotated[

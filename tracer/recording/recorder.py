@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from tracer.adapters.find import find_gates
-from tracer.adapters.gate import setting, text_config
 from tracer.adapters.gemma import follow_sampler
 from tracer.errors import UserError
+from tracer.families import decoding_facts
 from tracer.memory import MemoryWriter
 from tracer.meta import read_meta
 from tracer.recording.describe import describe_model, describe_run
@@ -279,14 +279,9 @@ class Recorder:
 
 def _decoding(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """The section ``decoding``: what the user said, completed from the model's configuration."""
-    config, outer = text_config(model), getattr(model, "config", None)
-    names = {
-        "block_length": ("block_length", "block_size", "canvas_length"),
-        "mask_id": ("mask_token_id",),
-        "eos_id": ("eos_token_id",),
-    }
-    found = {key: setting(alternatives, config, outer) for key, alternatives in names.items()}
-    return {**found, **{key: value for key, value in given.items() if value is not None or key not in found}}
+    facts = decoding_facts(model, given.get("mask_id"), given.get("eos_id"))
+    known = {"block_length": facts.block_length, "mask_id": facts.mask_id, "eos_id": facts.eos_id}
+    return {**known, **{key: value for key, value in given.items() if value is not None or key not in known}}
 
 
 def _first_request(out: Any, options: RecordOptions) -> int:

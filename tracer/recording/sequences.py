@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tracer.errors import UserError
+
 
 @dataclass(slots=True)
 class Sequence:
@@ -22,6 +24,7 @@ class Sequence:
     tokens: np.ndarray = field(default_factory=lambda: np.full(256, -1, np.int64))
     kept: np.ndarray = field(default_factory=lambda: np.zeros(256, bool))
     furthest: int = -1
+    first: int = -1  # position that the last call began at
     _steps: dict[int, int] = field(default_factory=dict)
 
     def next_step(self, block: int) -> int:
@@ -38,6 +41,7 @@ class Sequence:
         """Note the tokens of a call, -1 where masked."""
         self.calls += 1
         self.denoised |= kind in ("denoise", "decode")
+        self.first = int(positions[positions >= 0].min(initial=2**31 - 1))
         self.furthest = max(self.furthest, self.learn(positions, token_ids))
 
     def learn(self, positions: np.ndarray, token_ids: np.ndarray) -> int:
@@ -116,3 +120,24 @@ def starts_another(
     if prompt.all():
         return True
     return bool(masked[~prompt].all() and (before[~prompt] >= 0).any())
+
+
+def refuse_rewriting(sequence: Sequence, positions: np.ndarray, token_ids: np.ndarray) -> None:
+    """Raise where a call of a model whose mask token is not known repeats the one before with other tokens in it.
+
+    It does when it begins where that call began and now holds, where it held one token several times (the unknown mask), another
+    in some of those places and the same in all others. A new prompt differs elsewhere too, and an autoregressive loop that goes
+    back over rejected guesses begins further on.
+    """
+    real = positions >= 0
+    positions, token_ids = positions[real], token_ids[real]
+    if not len(positions) or positions[0] != sequence.first or positions[-1] > sequence.furthest:
+        return
+    before = sequence.tokens[positions]
+    changed = before != token_ids
+    if changed.any():
+        fill = before[changed][0]
+        if fill >= 0 and (before[changed] == fill).all() and np.count_nonzero(before == fill) > 1:
+            raise UserError(
+                "The loop writes over token ids it passed before, so it denoises, but no mask token is known; pass mask_id=."
+            )

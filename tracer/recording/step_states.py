@@ -17,8 +17,8 @@ import numpy as np
 
 from tracer.errors import UserError
 from tracer.recording.host_call import HostCall, Part, as_rows
-from tracer.recording.sequences import Sequence, starts_another
-from tracer.schema import DECODED, MASKED, PADDING, PROMPT
+from tracer.recording.sequences import Sequence, refuse_rewriting, starts_another
+from tracer.schema import DECODED, MASKED, NOISE, PADDING, PROMPT
 from tracer.trace import CallRouting
 
 # Calls kept back while a masked token's fate is open; beyond it the token counts as not accepted.
@@ -71,6 +71,9 @@ class StepStates:
         padding = call.positions < 0
         masked = np.zeros(padding.shape, bool) if self.mask_id is None else call.token_ids == self.mask_id
         masked &= ~padding
+        if self.mask_id is None and call.kept is None and call.announced is None:
+            for sequence, positions, token_ids in zip(self.sequences, call.positions, call.token_ids, strict=False):
+                refuse_rewriting(sequence, positions, token_ids)
         self._follow(call, masked)
         if call.kept is not None:
             for b, sequence in enumerate(self.sequences):
@@ -136,7 +139,7 @@ class StepStates:
             state = np.full(len(positions), PROMPT, np.uint8)
         else:
             state = np.where(positions < sequence.prompt_tokens, np.uint8(PROMPT), np.uint8(DECODED))
-        state[masked] = MASKED
+        state[masked] = MASKED if call.kept is None else NOISE
         state[padding] = PADDING
         rows = len(positions)
         # Two columns an array: making one costs more than filling it.
