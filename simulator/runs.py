@@ -63,11 +63,8 @@ def make_runs(
         notes += of_budget
         notes += [INTERVAL] if of_routing["unique_experts_ci95"] else []
         notes += [one.machine.note] if one.machine.note else []
-        notes += (
-            memory_notes(one.machine.cost, tally.resident_bytes + tally.staging_bytes)
-            if one.machine.cost is not None
-            else []
-        )
+        held = tally.resident_bytes + tally.staging_bytes
+        notes += memory_notes(one.machine.cost, held) if one.machine.cost is not None else []
         accepted = int(routed[branch].accepted.sum()) if routed[branch].accepted_known else 0
         latency = tally.latency(one.machine.cost, accepted)
         runs.append(
