@@ -41,7 +41,7 @@ def trace_findings(trace: TraceSummary) -> list[str]:
 
 
 def replay_findings(document: Mapping[str, Any]) -> list[str]:
-    """What the replay says about routing, residency and cost; estimates are called that, and no run over its budget the best."""
+    """What the replay says about routing, residency and cost; estimates are called that, runs over budget never best."""
     runs = runs_frame(document)
     within = runs.filter(~pl.col("over_budget"))
     return _routing(runs, document) + _residency(within) + _cost(runs)

@@ -115,10 +115,10 @@ def find_interval(
     UserError
         A budget or interval out of range, a trace without blocks beyond the first, or one that does not say its model's sizes.
     """
+    if not 1 <= budget <= trace.meta.model.num_experts:
+        raise UserError(f"budget={budget} is out of range; give 1 to {trace.meta.model.num_experts} experts per layer.")
     geometry, (experiment,) = make_experiments(trace, ["vanilla"], [Tide(budget=budget)], hardware)
     machine = experiment.machine
-    if not 1 <= budget <= geometry.num_experts:
-        raise UserError(f"budget={budget} is out of range; give 1 to {geometry.num_experts} experts per layer.")
     if machine.cost is None:
         raise UserError(machine.note or f"No latency on {hardware}.")
     steps = longest_block(trace)

@@ -135,9 +135,9 @@ class ResidencyPolicy(Protocol):
     """Which experts are in fast memory. State is an explicit value carried from segment to segment.
 
     Routing and residency policies may have ``notes``, sentences that go to every run, and residency policies
-    ``notes_on(geometry)``, those that depend on the model. Routing policies may have ``acceptance()``, the acceptance policy they
-    bring along (None: the recorded forwards), and ``recorded_in(geometry)``, whether the trace was recorded under this very
-    policy, so that its replay is no estimate.
+    ``notes_on(geometry)``, those that depend on the model. Routing policies may have ``acceptance()``, the acceptance policy
+    they bring along (None: the recorded forwards), and ``recorded_in(geometry)``, whether the trace was recorded under this
+    very policy, so that its replay is no estimate.
 
     ``on_demand = True`` (optional) says that it fetches whatever a batch needs: through a staging slot outside its budget where
     ``staged`` is true (optional too), else in place, so that it may hold more than its budget.

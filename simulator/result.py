@@ -63,8 +63,8 @@ ROWS_AT_ONCE = 1 << 18
 class Run:
     """One experiment: policies as ``{"name", "parameters"}``, the machine and its kernel, its figures, and how to read them.
 
-    ``estimate`` is false only for the recorded experts on the recorded forwards; ``over_budget``: the residency policy held more
-    than its budget, so that its figures are those of a larger one; ``bounds`` are scenario bounds of an estimate.
+    ``estimate`` is false only for the recorded experts on the recorded forwards; ``over_budget``: the residency policy held
+    more than its budget, so that its figures are those of a larger one; ``bounds`` are scenario bounds of an estimate.
     """
 
     run: int

@@ -151,9 +151,9 @@ def test_lru_at_every_budget_against_libcachesim(tmp_path, capsys):
         return misses
 
     def ours():
-        counts, most = np.zeros((1, EXPERTS + 1, 2), np.int64), np.zeros(EXPERTS, np.int64)
+        counts = np.zeros((1, EXPERTS + 1, 2), np.int64)
         one = lookups.offsets, lookups.experts, lookups.tokens, lookups.last_touch, kinds
-        serve_stack(*one, budgets, empty_stack(EXPERTS), counts, most)
+        serve_stack(*one, budgets, empty_stack(EXPERTS), counts)
         return (number - np.cumsum(counts[0, :-1, 1])).tolist()
 
     building, _ = cpu_seconds(lambda: stream_of_layer(trace))

@@ -4,8 +4,8 @@ A cell, one (forward, layer), is a batch with one lookup per distinct expert. Ex
 once, in stream order. What is held after it is the cache's rule to say (``hold``):
 
 * "budget": each missing expert passes through one staging slot, which all layers share and which lies outside the budget. At
-  the cell's end the cache keeps, of what it held before or the cell needed, the first by rank that fit the budget, up to the one
-  that does not. So the budget is never exceeded, and one of 0 hits nothing.
+  the cell's end the cache keeps, of what it held before or the cell needed, the first by rank, until the next does not fit the
+  budget. So the budget is never exceeded, and one of 0 hits nothing.
 * "batch": the batch rules of BigMoeOnEdge's replay (github Helldez/BigMoeOnEdge): missing experts are loaded into the cache,
   eviction runs after the batch and never evicts what it touched, so a batch larger than the budget stays whole until the next.
 
@@ -68,9 +68,9 @@ class DemandCache(Budgeted):
         Parameters
         ----------
         serve : callable
-            ``serve(offsets, experts, cell_layer, sizes, whole, *arguments, hit, promoted, demoted, peak)``; a key is the expert,
-            or layer * E + expert where there are several sizes, ``whole`` says that a batch stays whole, ``peak`` int64
-            [2, cells] takes number and size of those held at most.
+            ``serve(offsets, experts, cell_layer, sizes, whole, *arguments, hit, promoted, demoted, peak)``; a key is the
+            expert, or layer * E + expert where there are several sizes, ``whole`` says that a batch stays whole, ``peak``
+            int64 [2, cells] takes number and size of those held at most.
         stream : ExpertStream
             Of one layer, or of all where ``sizes`` has more than one.
         sizes : np.ndarray

@@ -1,9 +1,9 @@
 """Distances down the stack of an LRU cache: at which capacities an expert is still held when it is needed again.
 
 Source: R. L. Mattson et al., "Evaluation techniques for storage hierarchies", IBM Systems Journal 9(2), 1970, carried over to
-batches whose leavings fit the capacity (``caching/demand.py``, hold "budget"). Experts form a stack, the last touched on top. A
-cache of any capacity holds just the top of the stack, by induction over batches: a batch goes on top, and an expert below it has
-no less above it than before, so one among the top ones now was among them then and held, or is of the batch.
+batches whose leavings fit the capacity (``caching/demand.py``, hold "budget"). Experts form a stack, the last touched on top.
+A cache of any capacity holds just the top of the stack, by induction over batches: a batch goes on top, and an expert below it
+has no less above it than before, so one among the top ones now was among them then and held, or is of the batch.
 
 An expert therefore hits from its distance on: itself and those above it when the batch before has ended. What lies above an
 expert is counted in bits, one a touch, set while it is its expert's last.

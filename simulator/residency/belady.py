@@ -1,8 +1,8 @@
 """Belady's clairvoyant cache: as lru, but the experts whose next use is farthest away are evicted first.
 
-Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966. Experts
-rank by their next batch, the soonest first, those never needed again last, ties to the lowest layer and id (where batches stay
-whole, ``hold=batch``, it is the lowest that is evicted first). What a batch leaves behind: ``caching/demand.py``.
+Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.
+Experts rank by their next batch, the soonest first, those never needed again last, ties to the lowest layer and id (where
+batches stay whole, ``hold=batch``, it is the lowest that is evicted first). What a batch leaves behind: ``caching/demand.py``.
 
 Where what is held fits the budget and all experts are of one size, no cache of that budget fetches fewer experts, whatever it
 keeps. That is no bound on token-slots that hit, as one expert may serve more tokens than another, and none where experts are of
@@ -23,8 +23,8 @@ from simulator.policy import ExpertStream, Geometry, Placement
 from tracer.trace import ForwardTable
 
 BOUND = (
-    "belady knows the future, so it is not something to run: no cache of this budget fetches fewer experts, which is a bound on "
-    "fetches, not on token-slots that hit."
+    "belady knows the future, so it is not something to run: no cache of this budget fetches fewer experts, a bound on fetches "
+    "and not on token-slots that hit."
 )
 CLAIRVOYANT = "belady is clairvoyant, so it is not something to run; with {} it is no bound either."
 

@@ -163,7 +163,7 @@ class PlacementTally:
 
     @property
     def staging_bytes(self) -> int:
-        """Of the slot that missing experts pass through: the largest one fetched; 0 where none is, or they are loaded in place."""
+        """Of the slot that missing experts pass through: the largest fetched; 0 where none is, or they are loaded in place."""
         fetched = self.totals[..., PROMOTIONS].any(axis=1)
         return int(self.sizes[fetched].max(initial=0)) if self.staged else 0
 

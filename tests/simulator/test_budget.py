@@ -108,8 +108,10 @@ def test_every_policy_takes_a_split_budget(name, size):
     summary = replay(trace, ["vanilla"], [policy]).runs[0].summary
     assert summary["assignments"] == sum(map(sum, naive_loads(trace)))
     held = sum(n * size for n, size in zip(naive_share(total, [100, 150], naive_loads(trace)), (100, 150), strict=True))
-    # A cache holds what a batch needs, which may be more.
-    assert summary["resident_bytes"] == held or (name in ("lru", "lfu", "belady") and summary["resident_bytes"] > 0)
+    # A cache fills up with what is needed, which may be less.
+    assert summary["resident_bytes"] == held or (
+        name in ("lru", "lfu", "belady") and 0 < summary["resident_bytes"] < held
+    )
 
 
 def test_a_split_without_a_trace_or_over_one_cache_is_refused():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from simulator.registry import AXES, describe, list_policies, load_policy, policy_names
+from simulator.registry import AXES, describe, list_policies, load_policy, policy_names, spec_of
+from tests.made_up.tables import geometry
 from tracer.errors import UserError
 
 OWN = '''
@@ -56,6 +57,7 @@ def test_lists_give_line_and_parameters():
     assert tide.parameters == {
         "budget": None,
         "budget_bytes": None,
+        "vram": None,
         "vram_gib": None,
         "split": None,
         "refresh_interval": 2,
@@ -93,7 +95,11 @@ def test_a_dotted_name_loads_a_module(own, monkeypatch):
     ("axis", "spec", "reason"),
     [
         ("residency", "nope", r"no residency policy 'nope'; there are all_resident, belady"),
-        ("residency", "lru:colour=red", r"no parameter 'colour=red'; its parameters are budget, budget_bytes, scope"),
+        (
+            "residency",
+            "lru:colour=red",
+            r"no parameter 'colour=red'; its parameters are budget, budget_bytes, hold, scope",
+        ),
         ("residency", "lru:budget", "each given as key=value"),
         ("residency", "lru:budget", r"^residency policy lru needs a value for budget; write budget=VALUE, as"),
         ("routing", "dmoe:top_p", r"^routing policy dmoe needs a value for top_p; write top_p=VALUE, as"),
@@ -107,6 +113,12 @@ def test_a_dotted_name_loads_a_module(own, monkeypatch):
         ("residency", "lru:budget=1,budget=2", "budget twice"),
         ("residency", "lru:budget=1,scope=both", "is not layer or global"),
         ("residency", "tide:budget=1,copy_back=perhaps", "is not true or false"),
+        ("residency", "lru:budget=25%%", r"lru:budget=25%% is not a whole number or a share such as 25%"),
+        ("residency", "lru:budget=nan%", "a whole number or a share"),
+        ("residency", "lru:budget=-25%", "is no amount of memory"),
+        ("residency", "lru:budget_bytes=24GX", "is not a size such as 512MB or 24GiB"),
+        ("residency", "lru:budget_bytes=1.5", "is not a size"),
+        ("residency", "tide:vram=lots", "is not a size"),
         ("residency", "tide:vram_gib=lots", "is not a number"),
         ("routing", "/no/such/file.py", "no policy file"),
         ("routing", "no_such_package.policy", "cannot be imported"),
@@ -142,3 +154,30 @@ def test_whole_numbers_may_be_written_with_an_exponent():
         load_policy("residency", "lru:budget=2.5")
     with pytest.raises(UserError, match="budget=inf is not a whole number"):
         load_policy("residency", "lru:budget=inf")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GB", 24 * 10**9),
+        ("24GiB", 24 * 2**30),
+        ("512MB", 512 * 10**6),
+        ("1.5 kb", 1500),
+        ("0.3KiB", 307),
+        ("1e3B", 1000),
+        ("12345678901234567", 12345678901234567),
+    ],
+)
+def test_sizes_take_units(text, size):
+    policy = load_policy("residency", f"tide:vram={text},budget_bytes={text}")
+    assert policy.vram == policy.budget_bytes == size
+    assert load_policy("residency", spec_of(policy)) == policy
+
+
+def test_a_budget_may_be_a_share_of_a_layers_experts():
+    for text, experts, held in (("25%", 256, 64), ("29%", 100, 29), ("12.5%", 60, 7), ("0%", 8, 0), ("100%", 8, 8)):
+        policy = load_policy("residency", f"lru:budget={text}")
+        assert policy.experts_per_layer(geometry(experts), 0) == held
+        assert policy.settled(geometry(experts)).budget == held
+        assert load_policy("residency", spec_of(policy)) == policy
+    assert load_policy("residency", "lru:budget=25%") != load_policy("residency", "lru:budget=25")

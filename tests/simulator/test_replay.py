@@ -36,6 +36,7 @@ SUMMARY = {
         "cpu_tokens",
     ),
     *("promotions", "demotions", "hit_rate", "expert_hit_rate", "expert_hit_rate_by_kind", "bytes_to_gpu"),
+    "staging_bytes",
     *("experts_retained", "load_skew", "working_set_experts", "gpu_tokens_per_promotion"),
     *("refreshes", "surplus_refreshes", "hit_rate_by_lag"),
     *("bytes_to_host", "resident_bytes", "latency_s", "latency", "tokens_per_s", "speedup", "speedup_residency"),
@@ -237,6 +238,7 @@ def test_cells_have_the_published_columns_and_json_the_published_keys(tmp_path):
             "kernel",
             "summary",
             "estimate",
+            "over_budget",
             "bounds",
             "notes",
         ]
@@ -244,7 +246,10 @@ def test_cells_have_the_published_columns_and_json_the_published_keys(tmp_path):
         assert sorted(run["summary"]["latency"]) == ["cpu_experts", "dense", "gpu_experts", "to_gpu", "to_host"]
         assert run["hardware"] == "a100-pcie4:overlap=true"
         assert any("estimates" in note for note in run["notes"])
-    assert document["runs"][1]["residency"] == {"name": "lru", "parameters": {"budget": 2, "scope": "layer"}}
+    assert document["runs"][1]["residency"] == {
+        "name": "lru",
+        "parameters": {"budget": 2, "scope": "layer", "hold": "budget"},
+    }
     assert document["trace"]["forwards"] == trace.num_forwards
 
 
@@ -394,10 +399,29 @@ def test_a_policy_that_decides_by_the_machine_is_another_on_each():
 
 def test_a_cache_that_held_more_than_its_budget_says_so():
     trace = random_trace(1, expert_bytes={1: 1000, 2: 1000})
-    small, whole, fixed = replay(trace, residency=["lru:budget=1", "lru:budget=7", "static:budget=1"]).runs
-    assert small.summary["resident_bytes"] > 2000
-    assert any("lru held up to" in note and "more than its budget of 0.002 MB" in note for note in small.notes)
-    assert not any("more than its budget" in note for run in (whole, fixed) for note in run.notes)
+    specs = ["lru:budget=1,hold=batch", "lru:budget=7,hold=batch", "static:budget=1", "lru:budget=1"]
+    small, whole, fixed, bound = replay(trace, residency=specs).runs
+    assert small.summary["resident_bytes"] > 2000 == bound.summary["resident_bytes"]
+    assert [run.over_budget for run in (small, whole, fixed, bound)] == [True, False, False, False]
+    assert any(
+        "Over budget: lru held up to" in note and "more than its budget of 0.002 MB" in note for note in small.notes
+    )
+    assert not any("more than its budget" in note for run in (whole, fixed, bound) for note in run.notes)
+
+
+def test_a_budget_that_is_a_share_is_told_in_experts():
+    share, number = replay(random_trace(1), residency=["lru:budget=50%", "lru:budget=3"]).runs
+    assert share.residency == number.residency and share.summary == number.summary
+
+
+def test_the_staging_slot_is_the_largest_expert_that_is_fetched():
+    trace = random_trace(1, expert_bytes={1: 1000, 2: 1500})
+    specs = ["lru:budget=1", "lru:budget=1,scope=global", "lru:budget=1,hold=batch", "static:budget=1", "all_resident"]
+    runs = replay(trace, residency=specs).runs
+    assert [run.summary["staging_bytes"] for run in runs] == [1500, 1500, 0, 0, 0]
+    assert all(runs[at].summary["promotions"] for at in range(3))
+    quiet = replace(trace, pieces=[])
+    assert replay(quiet, residency=["lru:budget=1"]).runs[0].summary["staging_bytes"] == 0
 
 
 @pytest.mark.parametrize("axis", ["routing", "residency"])

@@ -33,7 +33,7 @@ def naive_cache(cells, layers, sizes, capacity, rank, forget=False):
         missed = [key for key in touches[c] if key not in held]
         fetched |= dict.fromkeys(missed, c if forget else 0)
 
-        def place(key, c=c):
+        def place(key, c=c, fetched=fetched):
             seen = [[k for k in keys if k != key or at >= fetched[key]] for at, keys in enumerate(touches)]
             return rank(key, c, seen)
 
@@ -83,7 +83,7 @@ def naive_belady(cells, layers, sizes, capacity):
 
 
 def naive_batch_lru(cells, layers, sizes, capacity):
-    """hold=batch: keys in an OrderedDict, oldest first; sizes by layer. Returns per cell (hits, promotions, demotions, held, bytes)."""
+    """hold=batch: keys in an OrderedDict, oldest first; sizes by layer. Answers as those of :func:`naive_cache`."""
     cache, answers = OrderedDict(), []
     for layer, rows in zip(layers, cells, strict=True):
         first, _, last = naive_cell(rows)

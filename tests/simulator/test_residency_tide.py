@@ -88,7 +88,7 @@ def answers_of(placement, stream):
 @given(
     made=calls,
     first_block=st.dictionaries(st.integers(0, 2), st.integers(-1, 2)),
-    budget=st.integers(0, E + 2),
+    budget=st.integers(0, E),
     interval=st.integers(1, 4),
     cut=st.integers(0, 12),
 )
@@ -179,7 +179,7 @@ def test_expert_bytes_of_the_published_rows(budget, layers, hidden, inter, gib, 
     assert abs(gib - published) <= 0.05 + 1e-9
 
 
-@given(vram=st.floats(0.5, 80), dense=st.integers(0, 8 * GIB), cap=st.none() | st.integers(0, 300))
+@given(vram=st.floats(0.5, 80), dense=st.integers(0, 8 * GIB), cap=st.none() | st.integers(0, 256))
 @settings(max_examples=80, deadline=None)
 def test_budget_from_memory_is_the_released_formula(vram, dense, cap):
     size, layers = 6 << 20, 19
@@ -187,8 +187,13 @@ def test_budget_from_memory_is_the_released_formula(vram, dense, cap):
     total = int(vram * GIB)
     reserve = max(int(1.5 * GIB), int(0.1 * total))
     expected = min(256 if cap is None else cap, 256, max(0, total - dense - reserve) // (size * layers))
-    spec = f"tide:vram_gib={vram!r}" + ("" if cap is None else f",budget={cap}")
-    assert load_policy("residency", spec).experts_per_layer(about, 3) == expected
+    limit = "" if cap is None else f",budget={cap}"
+    for memory in (f"vram_gib={vram!r}", f"vram={total}", f"vram={total}B,vram_gib=80"):
+        assert load_policy("residency", f"tide:{memory}{limit}").experts_per_layer(about, 3) == expected
+    for hold, staging in (("budget", size), ("batch", 0)):
+        left = max(0, total - staging - dense - reserve) // (size * layers)
+        spec = f"lru:vram={total},hold={hold}{limit}"
+        assert load_policy("residency", spec).experts_per_layer(about, 3) == min(256 if cap is None else cap, left)
 
 
 def test_budget_from_memory_needs_the_bytes_of_the_other_weights():

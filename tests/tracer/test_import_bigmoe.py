@@ -89,7 +89,9 @@ def test_every_decision_arrives(tmp_path):
 def test_lru_over_all_layers(tmp_path, budget):
     found = rows(seed=budget)
     import_file(write(tmp_path / "a.route.csv", found), tmp_path / "a.trace")
-    result = replay(open_trace(tmp_path / "a.trace"), ["vanilla"], [f"lru:scope=global,budget_bytes={budget}"])
+    result = replay(
+        open_trace(tmp_path / "a.trace"), ["vanilla"], [f"lru:scope=global,hold=batch,budget_bytes={budget}"]
+    )
     assert result.runs[0].summary["expert_hit_rate_by_kind"]["decode"] == naive_lru_hit_rate(found, budget)
 
 
@@ -187,7 +189,7 @@ def caches(name):
     """One spec a published figure, policies outermost."""
     specs = []
     for cache in PUBLISHED[name]:
-        specs += [f"{cache}{',' if ':' in cache else ':'}budget_bytes={size << 20}" for size in MEBIBYTES]
+        specs += [f"{cache}{',' if ':' in cache else ':'}hold=batch,budget_bytes={size << 20}" for size in MEBIBYTES]
     return specs
 
 
