@@ -209,8 +209,9 @@ def load_hardware(name: str, parts: Mapping[str, str] | None = None) -> Hardware
         No such preset, part or file, or a value missing, not a number, or without a source.
     """
     own = name.endswith(".toml")
-    path = Path(name) if own else FOLDER / f"{ALIASES.get(name, name)}.toml"
-    if not (path.is_file() if own else path.stem in hardware_names()):
+    whole = ALIASES.get(name, name)
+    path = Path(name) if own else FOLDER / f"{whole}.toml"
+    if not (path.is_file() if own else whole in hardware_names()):
         if own:
             raise UserError(f"There is no hardware file {name}; check the path.")
         raise unknown("hardware preset", name, hardware_names(), ", or give a .toml file")
