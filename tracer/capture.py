@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from tracer.adapters.named import named_adapter
-from tracer.capture_plan import CapturePlan, as_size
+from tracer.capture_plan import CapturePlan, own_options
 from tracer.decode import decode_llada2, decode_own, decode_sdar, decode_team
 from tracer.files.folder import last_state
 from tracer.files.writer import TraceWriter
+from tracer.levels import as_size
 from tracer.meta import read_meta
 from tracer.recording.context import record
 from tracer.recording.recorder import Recorder
@@ -76,10 +77,10 @@ def run_capture(plan: CapturePlan, on_step: Callable[[int, float, int], None] | 
                 level=options.level,
                 decoding={
                     "loop": options.loop,
-                    "block_length": options.block_length if options.loop != "own" else None,
+                    "block_length": options.block_length,
                     "steps": options.steps,
                     "threshold": options.threshold,
-                    "remasking": "low_confidence",
+                    "remasking": "low_confidence" if options.loop != "own" else None,
                     "temperature": options.temperature,
                     "mask_id": loaded.mask_id,
                     "eos_id": loaded.eos_id,
@@ -92,6 +93,7 @@ def run_capture(plan: CapturePlan, on_step: Callable[[int, float, int], None] | 
                 force=options.force,
                 append=options.resume,
                 compact=options.compact,
+                quiet=True,
                 meta={"writer": plan.hashes},
             ) as recorder,
         ):
@@ -144,7 +146,14 @@ def _decode_one(plan: CapturePlan, number: int, recorder: Recorder, tell: Callab
     text = prompt.text if options.keep_text else None
     with recorder.request(dataset=prompt.dataset, prompt_tokens=len(ids), prompt=text):
         if options.loop == "own":
-            result = decode_own(loaded.model, ids, gen_length=options.gen_length, seed=seed, recorder=recorder)
+            result = decode_own(
+                loaded.model,
+                ids,
+                gen_length=options.gen_length,
+                seed=seed,
+                recorder=recorder,
+                **own_options(loaded, options),
+            )
             recorder.finish(result.ids)
         else:
             common: dict[str, Any] = {

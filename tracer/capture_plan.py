@@ -6,38 +6,42 @@ import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tracer.adapters.find import find_gates
 from tracer.adapters.named import named_adapter
+from tracer.decoding.own_generate import NAMES, generate_arguments
 from tracer.decoding.team_layers import check_limited
 from tracer.decoding.team_rules import BRANCHES
 from tracer.errors import UserError
 from tracer.files.folder import last_state
+from tracer.levels import as_size, level_sentence, row_bytes
 from tracer.meta import META_FILE, digest, read_meta
 from tracer.models import LoadedModel, load_model
 from tracer.prompts import Prompt, RandomPrompts, read_prompts
 from tracer.schema import LEVELS
 
-DEFAULT_BLOCK = 32
+DEFAULT_BLOCK, DEFAULT_THRESHOLD = 32, 0.95
 LOOPS = ("auto", "llada2", "sdar", "team", "own")
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureOptions:
-    """What to record and how to decode; the defaults are LLaDA2.0's and SDAR's (block 32, 32 steps, threshold 0.95).
+    """What to record and how to decode; None is LLaDA2.0's and SDAR's default (block 32, 32 steps, threshold 0.95, temperature
+    0), or with loop "own" the model's.
 
-    ``kv_cache`` None means what the loop's released code does: none for LLaDA2, a prefix cache for SDAR and TEAM. ``mask_id`` and
-    ``eos_id`` None mean what :mod:`tracer.families` knows. ``adapter`` names a reader of routers, as ``module:function``.
+    ``kv_cache`` None means what the loop's released code does: none for LLaDA2, a prefix cache for SDAR and TEAM. ``mask_id``
+    and ``eos_id`` None mean what :mod:`tracer.families` knows. ``adapter`` names a reader of routers, as ``module:function``.
     """
 
-    level: str = "active"
+    level: str = "scores"
     loop: str = "auto"
     kv_cache: bool | None = None
     block_length: int | None = None
     steps: int | None = None
-    threshold: float = 0.95
+    threshold: float | None = None
     gen_length: int = 128
-    temperature: float = 0.0
+    temperature: float | None = None
     seed: int = 0
     keep_text: bool = False
     compact: bool = False
@@ -62,9 +66,9 @@ class CaptureOptions:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {value}.")
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"--threshold is a probability between 0 and 1, not {self.threshold}.")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+        if self.temperature is not None and not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature must be 0 or more, not {self.temperature}.")
 
 
@@ -82,6 +86,7 @@ class CapturePlan:
     token_ids: tuple[tuple[int, ...], ...]
     options: CaptureOptions
     expected_bytes: int
+    largest_forward: int  # rows
     finished: int = 0  # prompts that the trace to go on with has already
 
     @property
@@ -102,9 +107,12 @@ class CapturePlan:
 
     @property
     def sentence(self) -> str:
+        gates, rows = find_gates(self.loaded.model), self.largest_forward
+        level = self.options.level
+        bytes_a_forward = rows * row_bytes(level, len(gates.layers), gates.num_experts, gates.top_k)
         return (
-            f"Capturing {len(self.prompts)} prompts x {self.options.gen_length} tokens from {self.loaded.id} at level "
-            f"{self.options.level}: at most about {as_size(self.expected_bytes)} on disk."
+            f"Capturing {len(self.prompts)} prompts x {self.options.gen_length} tokens from {self.loaded.id}: at most about "
+            f"{as_size(self.expected_bytes)} on disk. {level_sentence(level, bytes_a_forward, rows)}"
         )
 
 
@@ -139,14 +147,14 @@ def plan_capture(model: str, out: Path, prompts: list[Prompt] | RandomPrompts, o
         raise UserError(
             f"No mask token is known of {loaded.id}, so the {loop} loop cannot run; give --mask-id, or use --loop own."
         )
-    block_length = options.block_length or loaded.block_length or DEFAULT_BLOCK
-    options = replace(
-        options,
-        loop=loop,
-        block_length=block_length,
-        steps=options.steps or block_length,
-        kv_cache=loop in ("sdar", "team") if options.kv_cache is None else options.kv_cache,
-    )
+    options = replace(options, loop=loop)
+    if loop == "own":
+        if options.kv_cache is not None:
+            raise UserError("Whether a model's generate keeps a KV cache is its own affair; leave --kv-cache out.")
+        # Refuses what the model's generate does not take.
+        generate_arguments(loaded.model, options.gen_length, **own_options(loaded, options))
+    else:
+        options = _with_defaults(options, loaded)
     if loop in ("sdar", "team") and not options.kv_cache:
         raise UserError("The SDAR and TEAM loops always keep a prefix KV cache; leave --no-kv-cache out.")
     if loop == "team":
@@ -155,16 +163,33 @@ def plan_capture(model: str, out: Path, prompts: list[Prompt] | RandomPrompts, o
         special = {token for token in (loaded.mask_id, loaded.eos_id, loaded.pad_id) if token is not None}
         prompts = prompts.draw(loaded.vocab_size, special, options.seed)
     token_ids = tuple(_tokenise(loaded, number, prompt, options) for number, prompt in enumerate(prompts))
-    plan = CapturePlan(
-        loaded, Path(out), tuple(prompts), token_ids, options, _expected_bytes(loaded, token_ids, options)
-    )
+    plan = CapturePlan(loaded, Path(out), tuple(prompts), token_ids, options, *_expected(loaded, token_ids, options))
     return replace(plan, finished=_finished(plan)) if options.resume else plan
+
+
+def own_options(loaded: LoadedModel, options: CaptureOptions) -> dict[str, dict[str, Any]]:
+    """What :func:`tracer.decode.decode_own` is to hand to generate: ``given`` by the user, and ``known`` of the model."""
+    given = {name: getattr(options, name) for name in NAMES}
+    known = {"block_length": loaded.block_length, "mask_id": loaded.mask_id, "eos_id": loaded.eos_id}
+    return {"given": given, "known": known}
+
+
+def _with_defaults(options: CaptureOptions, loaded: LoadedModel) -> CaptureOptions:
+    block_length = options.block_length or loaded.block_length or DEFAULT_BLOCK
+    return replace(
+        options,
+        block_length=block_length,
+        steps=options.steps or block_length,
+        threshold=DEFAULT_THRESHOLD if options.threshold is None else options.threshold,
+        temperature=options.temperature or 0.0,
+        kv_cache=options.loop in ("sdar", "team") if options.kv_cache is None else options.kv_cache,
+    )
 
 
 def _check_team(loaded: LoadedModel, options: CaptureOptions) -> None:
     if loaded.loop != "sdar":
         raise UserError(f"TEAM's loop decodes models of SDAR's kind, which {loaded.id} is not; use --loop auto.")
-    if options.temperature > 0:
+    if options.temperature:
         raise UserError("TEAM's loop writes the most probable tokens; leave --temperature out.")
     # Ids of all kinds, so that rows differ and show the routers' rule.
     check_limited(loaded.model, range(min(32, loaded.vocab_size)))
@@ -211,7 +236,7 @@ def _tokenise(loaded: LoadedModel, number: int, prompt: Prompt, options: Capture
     if not ids:
         raise UserError(f"Prompt {number} has no tokens.")
     # Blocks are filled to their end, so the last one may reach past prompt + gen_length.
-    block = options.block_length or 1
+    block = (options.block_length or loaded.block_length or 1) if loaded.mask_id is not None else 1
     needed = math.ceil((len(ids) + options.gen_length) / block) * block
     if loaded.context is not None and needed > loaded.context:
         raise UserError(
@@ -221,24 +246,15 @@ def _tokenise(loaded: LoadedModel, number: int, prompt: Prompt, options: Capture
     return ids
 
 
-def _expected_bytes(loaded: LoadedModel, token_ids: tuple[tuple[int, ...], ...], options: CaptureOptions) -> int:
-    """Upper estimate of the trace's size: one token accepted a forward, bytes a decision as measured by the benchmarks."""
+def _expected(loaded: LoadedModel, token_ids: tuple[tuple[int, ...], ...], options: CaptureOptions) -> tuple[int, int]:
+    """Bytes of the trace at most, if a forward accepts one token; and the rows of its largest denoise forward."""
     gates = find_gates(loaded.model)
-    block = options.block_length or 1
-    rows = 0
+    block = options.block_length or loaded.block_length or 1
+    rows = most = 0
     for ids in token_ids:
         end = math.ceil((len(ids) + options.gen_length) / block) * block
         per_forward = block * (BRANCHES if options.loop == "team" else 1) if options.kv_cache else end
         rows += (end - len(ids)) * per_forward + 2 * end
-    columns = {"ids": 0, "active": gates.num_experts / 4, "scores": gates.num_experts}[options.level]
+        most = max(most, per_forward)
     # Schemas and footers of one segment take some 20 kB.
-    return int(rows * (len(gates.layers) * (gates.top_k * 1.8 + columns * 3.6) + 12)) + 20_000
-
-
-def as_size(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
+    return int(rows * row_bytes(options.level, len(gates.layers), gates.num_experts, gates.top_k)) + 20_000, most

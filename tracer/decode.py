@@ -8,14 +8,15 @@ other until nothing in them is masked; decoding ends with the block in which the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from tracer.decoding.block_loop import BlockLoop, DecodeResult, Step
-from tracer.decoding.checks import DecodeOptions, check_prompt, generate_arguments
+from tracer.decoding.checks import DecodeOptions, check_prompt
+from tracer.decoding.own_generate import generate_arguments
 from tracer.decoding.team_loop import decode_team
 
 __all__ = ["DecodeResult", "Step", "decode_llada2", "decode_own", "decode_sdar", "decode_team"]
@@ -107,12 +108,15 @@ def decode_own(
     eos_id: int | None = None,
     seed: int | None = None,
     recorder: Any = None,
+    given: Mapping[str, Any] | None = None,
+    known: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> DecodeResult:
     """Run a model's own ``generate``, which a recorder follows by its default rules.
 
-    The length is passed as ``gen_length`` where the method has that parameter, else as ``max_new_tokens``; ``options`` go
-    along. ``forwards`` of the result is counted by the recorder, 0 without one.
+    The length is passed as ``gen_length`` where the method has that parameter, else as ``max_new_tokens``; ``given`` and
+    ``known`` under the method's names for them (:func:`tracer.decoding.own_generate.generate_arguments`), ``options`` as they
+    are. ``forwards`` of the result is counted by the recorder, 0 without one.
     """
     prompt = check_prompt(model, input_ids)
     if seed is not None:
@@ -120,7 +124,7 @@ def decode_own(
     before = 0 if recorder is None else recorder.hooks.calls
     with torch.no_grad():
         generate: Any = model.generate
-        result = generate(prompt, **generate_arguments(model, gen_length), **options)
+        result = generate(prompt, **generate_arguments(model, gen_length, given, known), **options)
     tensor = result if isinstance(result, torch.Tensor) else getattr(result, "sequences", None)
     if tensor is None:
         tensor = next(item for item in result if isinstance(item, torch.Tensor))

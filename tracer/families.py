@@ -12,7 +12,6 @@ inclusionAI/LLaDA-MoE-7B-A1B; transformers 5, ``DiffusionGemmaConfig``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 

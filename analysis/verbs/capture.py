@@ -24,8 +24,8 @@ def capture(
     prompt_tokens: Annotated[int | None, typer.Option(help="Random prompts of N tokens (for random weights).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts.")] = None,
     level: Annotated[
-        str, typer.Option(help="ids, active or scores: how much of the router scores to keep.")
-    ] = "active",
+        str, typer.Option(help="ids, active or scores: how much of the router scores to keep, none to all.")
+    ] = "scores",
     loop: Annotated[
         str, typer.Option(help="auto, llada2, sdar, team (on models like SDAR) or own (generate).")
     ] = "auto",
@@ -34,9 +34,13 @@ def capture(
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps a block; sets the quota block_length/steps.")
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Accept tokens whose probability is above it.")] = 0.95,
+    threshold: Annotated[
+        float | None, typer.Option(help="Accept tokens whose probability is above it.", show_default="0.95")
+    ] = None,
     gen_length: Annotated[int, typer.Option(help="Tokens to generate a prompt.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the most probable token.", show_default="0")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling, random prompts and random weights.")] = 0,
     mask_id: Annotated[int | None, typer.Option(help="The mask token, where model and family do not say.")] = None,
     eos_id: Annotated[int | None, typer.Option(help="The token that ends a text.")] = None,
@@ -63,7 +67,7 @@ def capture(
 ) -> None:
     """Decode prompts with a model and record what its routers select.
 
-    Example: moetrace capture demo:llada2 --out first.trace --prompt "def main(" --level scores
+    Example: moetrace capture demo:llada2 --out first.trace --prompt "def main("
     """
     given = dict(locals())
     from dataclasses import fields

@@ -16,6 +16,7 @@ from tracer.adapters.find import find_gates
 from tracer.checking import check
 from tracer.errors import UserError
 from tracer.recording.context import record
+from tracer.schema import NOISE
 from tracer.trace import RouterSpec
 
 BASE = {
@@ -430,13 +431,13 @@ def test_diffusion_gemma_is_followed_through_its_own_generate(tmp_path):
     # What the last step of a canvas keeps is the output; before it, a token counts as masked unless the step before took it.
     for start in (1, 7):
         calls = recorder.calls[start : start + 5]
-        assert (calls[0].tokens["state"] == 2).all()
+        assert (calls[0].tokens["state"] == NOISE).all()
         for before, after in itertools.pairwise(calls):
-            taken = (before.tokens["state"] == 2) & before.tokens["accepted"]
+            taken = (before.tokens["state"] == NOISE) & before.tokens["accepted"]
             assert (after.tokens["state"][taken] == 1).all()
             kept = after.tokens["state"] == 1
             assert np.array_equal(after.tokens["token_id"][kept], before.tokens["predicted_id"][kept])
-        assert np.array_equal(calls[-1].tokens["accepted"], calls[-1].tokens["state"] == 2)
+        assert np.array_equal(calls[-1].tokens["accepted"], calls[-1].tokens["state"] == NOISE)
         canvas = recorded[0, calls[-1].tokens["position"]].numpy()
         written = calls[-1].tokens["accepted"]
         assert np.array_equal(calls[-1].tokens["predicted_id"][written], canvas[written])

@@ -124,13 +124,15 @@ def test_an_adapter_is_named_on_the_command_line(tmp_path, monkeypatch):
     assert (meta["decoding"]["mask_id"], meta["decoding"]["eos_id"]) == (3, 4)
 
 
-def test_a_released_models_own_generate_is_recorded_as_denoising(tmp_path):
+def test_a_released_models_own_generate_is_recorded_as_denoising(tmp_path, capsys):
     model = LLaDA2Released()
     with record(model, tmp_path / "a.trace"):
+        assert capsys.readouterr().err == "Level scores: about 2.34 kB a forward of 32 rows.\n"
         output = model.generate(prompt(20), gen_length=44)
     assert check(tmp_path / "a.trace") == []
     trace = open_trace(tmp_path / "a.trace")
     assert trace.meta.raw["decoding"]["mask_id"] == RELEASED_MASK
+    assert trace.meta.raw["capture_level"] == "scores"
     forwards = trace.scan("forwards").collect()
     assert set(forwards["kind"]) == {"denoise"} and set(forwards["block"]) == {0, 1}
     assert forwards["num_accepted"].sum() == 44 and (forwards["num_accepted"] > 0).all()

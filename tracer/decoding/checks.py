@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -76,12 +75,3 @@ def check_prompt(model: nn.Module, input_ids: Any, gen_length: int = 0, block_le
         )
     parameter = next(model.parameters(), None)
     return ids.to(device=parameter.device if parameter is not None else ids.device, dtype=torch.long)
-
-
-def generate_arguments(model: nn.Module, gen_length: int) -> dict[str, int]:
-    """How a model's own generate method wants to be told the length."""
-    generate = getattr(model, "generate", None)
-    if not callable(generate):
-        raise UserError(f"{type(model).__name__} has no generate method; choose a loop of this package.")
-    names = inspect.signature(getattr(generate, "__wrapped__", generate)).parameters
-    return {"gen_length": gen_length} if "gen_length" in names else {"max_new_tokens": gen_length}

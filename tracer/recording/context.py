@@ -6,6 +6,7 @@ accepted; any other loop is followed by the default rules of :mod:`tracer.record
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ def record(
     model: nn.Module,
     out: Any = None,
     *,
-    level: str = "ids",
+    level: str = "scores",
     block_length: int | None = None,
     mask_id: int | None = None,
     eos_id: int | None = None,
@@ -33,6 +34,7 @@ def record(
     force: bool = False,
     append: bool = False,
     compact: bool = False,
+    quiet: bool = False,
     first_request: int | None = None,
     provenance: dict[str, Any] | None = None,
     meta: dict[str, Any] | None = None,
@@ -47,9 +49,10 @@ def record(
         Folder of the trace, an object with the methods of :class:`tracer.parquet.TraceWriter`, or None to keep the calls in
         memory (``recorder.calls``, ``recorder.requests``).
     level : str
-        "ids" (ids and weights), "active" or "scores" (router scores too), as in trace-format.md.
+        "scores" (ids, weights and all router scores), "active" (scores of a quarter of the experts or so) or "ids" (no
+        scores). Policies that select experts anew need scores; :data:`tracer.levels.RULED_OUT` names them.
     block_length, mask_id, eos_id : int, optional
-        What the decoding uses; by default what the model's configuration says.
+        What the decoding uses; by default what the model's configuration or its family says (:mod:`tracer.families`).
     decoding : dict, optional
         The section ``decoding`` of meta.json; the three above go into it.
     model_id, revision : str, optional
@@ -59,6 +62,8 @@ def record(
         None).
     force, append : bool
         Replace a trace that is there, or go on with it.
+    quiet : bool
+        Do not say, on the error stream, how large a forward gets and what the level rules out; in memory nothing is said.
     first_request : int
         Number of the first request; by default 0, with ``append`` the next one.
     provenance, meta : dict, optional
@@ -93,6 +98,8 @@ def record(
         meta=meta or {},
     )
     recorder = Recorder(model, out, options)
+    if out is not None and not quiet:
+        print(recorder.sentence, file=sys.stderr)
     try:
         yield recorder
     except BaseException:

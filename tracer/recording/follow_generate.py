@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tracer.decoding.own_generate import called_with
+
 
 def follow_generate(model: nn.Module, recorder: Any) -> Callable[[], None]:
     """Wrap ``model.generate`` on this one object: a call of it is a request (one a row of a batch), its result settles the end.
@@ -27,6 +29,7 @@ def follow_generate(model: nn.Module, recorder: Any) -> Callable[[], None]:
 
     @functools.wraps(generate)
     def follow(*args, **kwargs):
+        recorder.follow_options(*called_with(generate, args, kwargs))
         prompt = next(
             (v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs")) if isinstance(v, torch.Tensor)), None
         )

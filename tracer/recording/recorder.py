@@ -17,6 +17,7 @@ from tracer.adapters.find import find_gates
 from tracer.adapters.gemma import follow_sampler
 from tracer.errors import UserError
 from tracer.families import decoding_facts
+from tracer.levels import USUAL_ROWS, level_sentence, row_bytes
 from tracer.memory import MemoryWriter
 from tracer.meta import read_meta
 from tracer.recording.describe import describe_model, describe_run
@@ -31,7 +32,7 @@ from tracer.schema import KINDS, SCHEMA_VERSION, STOP_REASONS, tables_of
 class RecordOptions:
     """How to record; see :func:`tracer.recording.context.record`."""
 
-    level: str = "ids"
+    level: str = "scores"
     decoding: dict[str, Any] = field(default_factory=dict)
     model_id: str | None = None
     revision: str | None = None
@@ -174,6 +175,29 @@ class Recorder:
         own = {k: v.detach().reshape(batch, -1).clone() for k, v in given.items() if v is not None}
         self.hooks.note(own, settle, branches)
 
+    def follow_options(self, said: dict[str, Any], defaults: dict[str, Any]) -> None:
+        """Take over what a call of the model's own generate says of its decoding; its defaults count where nobody spoke.
+
+        Raises
+        ------
+        UserError
+            Another value than that of calls recorded before: a trace holds one.
+        """
+        self.catch_up()
+        told = {name for name, value in self._options.decoding.items() if value is not None}
+        used = {**{name: value for name, value in defaults.items() if name not in told}, **said}
+        for name, value in used.items():
+            if self.hooks.calls and self.decoding.get(name) not in (None, value):
+                raise UserError(
+                    f"generate runs with {name}={value}, after calls with {self.decoding[name]}; a trace holds one value, so "
+                    "record them apart."
+                )
+        if not self.hooks.calls:
+            self.decoding.update(used)
+        self.hooks.mask_id = self.states.mask_id = self.decoding["mask_id"]
+        self.hooks.block_length = self.states.block_length = self.decoding["block_length"]
+        self.states.eos_id = self.decoding["eos_id"]
+
     # What is known.
 
     @property
@@ -210,6 +234,13 @@ class Recorder:
         """Masked tokens whose fate never became known, because the loop ended without telling its output."""
         self.sink.absorb()
         return self.states.unresolved
+
+    @property
+    def sentence(self) -> str:
+        """How large a forward gets, a block's or one of the usual length, and what the level rules out."""
+        level, rows = self._options.level, self.decoding["block_length"] or USUAL_ROWS
+        gates = self.gates
+        return level_sentence(level, rows * row_bytes(level, len(gates.layers), gates.num_experts, gates.top_k), rows)
 
     @property
     def meta(self) -> dict[str, Any]:

@@ -125,9 +125,9 @@ def starts_another(
 def refuse_rewriting(sequence: Sequence, positions: np.ndarray, token_ids: np.ndarray) -> None:
     """Raise where a call of a model whose mask token is not known repeats the one before with other tokens in it.
 
-    It does when it begins where that call began and now holds, where it held one token several times (the unknown mask), another
-    in some of those places and the same in all others. A new prompt differs elsewhere too, and an autoregressive loop that goes
-    back over rejected guesses begins further on.
+    It does when it begins where that call began and now holds, where it held one token several times (the unknown mask),
+    another in some of those places and the same in all others. A new prompt differs elsewhere too, and an autoregressive loop
+    that goes back over rejected guesses begins further on.
     """
     real = positions >= 0
     positions, token_ids = positions[real], token_ids[real]
