@@ -169,11 +169,11 @@ def _decode_one(plan: CapturePlan, number: int, recorder: Recorder, tell: Callab
             if options.loop == "team":
                 result = decode_team(loaded.model, ids, **common)
             elif options.loop == "sdar":
-                result = decode_sdar(loaded.model, ids, temperature=options.temperature, seed=seed, **common)
+                result = decode_sdar(loaded.model, ids, temperature=options.temperature or 0.0, seed=seed, **common)
             else:
                 cached = bool(options.kv_cache)
                 result = decode_llada2(
-                    loaded.model, ids, temperature=options.temperature, seed=seed, kv_cache=cached, **common
+                    loaded.model, ids, temperature=options.temperature or 0.0, seed=seed, kv_cache=cached, **common
                 )
     tell(result.generated)
     return result.generated

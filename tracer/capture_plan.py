@@ -167,7 +167,7 @@ def plan_capture(model: str, out: Path, prompts: list[Prompt] | RandomPrompts, o
     return replace(plan, finished=_finished(plan)) if options.resume else plan
 
 
-def own_options(loaded: LoadedModel, options: CaptureOptions) -> dict[str, dict[str, Any]]:
+def own_options(loaded: LoadedModel, options: CaptureOptions) -> dict[str, Any]:
     """What :func:`tracer.decode.decode_own` is to hand to generate: ``given`` by the user, and ``known`` of the model."""
     given = {name: getattr(options, name) for name in NAMES}
     known = {"block_length": loaded.block_length, "mask_id": loaded.mask_id, "eos_id": loaded.eos_id}
