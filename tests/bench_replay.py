@@ -130,11 +130,11 @@ def test_recorded_traces_against_their_own_replay(name, tmp_path, capsys):
     trace = recorded(name, tmp_path)
     decisions = trace.num_decisions
     printed = [
-        f"{cache}budget_bytes={size << 20}"
+        f"{cache}hold=batch,budget_bytes={size << 20}"
         for cache in ("belady:scope=global,", "lru:scope=global,", "lru:")
         for size in PRINTED
     ]
-    printed += [f"lfu:scope=global,budget_bytes={size << 20}" for size in PRINTED]
+    printed += [f"lfu:scope=global,hold=batch,budget_bytes={size << 20}" for size in PRINTED]
     every = [f"lru:budget_bytes={size << 20}" for size in range(1, MEBIBYTES[-1] + 1)]
     runs = {
         "whole replays, all published figures": (

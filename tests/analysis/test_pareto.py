@@ -80,3 +80,12 @@ def test_figures_are_those_of_the_machine_where_there_is_one():
         pareto(pl.DataFrame(rows), ["trace"])
     with pytest.raises(UserError, match="Neither less nor more of forwards is better"):
         pareto(pl.DataFrame({"forwards": [1, 2]}), ["forwards"])
+
+
+def test_runs_over_their_budget_are_not_on_the_front():
+    rows = [{"latency_s": 1.0, "over_budget": True}, {"latency_s": 3.0, "over_budget": False}]
+    rows.append({"latency_s": 2.0, "over_budget": None})
+    frame = pl.DataFrame(rows)
+    assert pareto(frame, ["latency_s"])["latency_s"].to_list() == [2.0]
+    assert pareto(frame.head(1), ["latency_s"]).is_empty()
+    assert pareto(frame.head(1).with_columns(trace=pl.lit("a")), ["latency_s"]).is_empty()
