@@ -129,8 +129,9 @@ class Recorder:
         output = np.atleast_2d(torch.as_tensor(output_ids).detach().cpu().numpy().astype(np.int64))
         if len(output) != len(self.states.sequences):
             raise UserError(f"finish() got {len(output)} outputs for {len(self.states.sequences)} sequences under way.")
-        written = self._written(output)
-        self.states.finish(output, written=written, generated=generated, stop_reason=stop_reason)
+        outcome = self._outcome()
+        written = self._written(output, outcome)
+        self.states.finish(output, written=written, outcome=outcome, generated=generated, stop_reason=stop_reason)
 
     def announce(self, kind: str, block: int = -1, step: int = -1) -> None:
         """Say what the next model call is; a "denoise" call must be followed by :meth:`note`."""
@@ -258,12 +259,23 @@ class Recorder:
             **options.meta,
         }
 
-    def _written(self, output: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def _outcome(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Positions and tokens [B, T] of the last call as the loop left them in the tensor it passed, None if it did not."""
+        call = self.hooks.last_call
+        tokens = None if call is None else call.written_back()
+        if call is None or tokens is None or len(tokens) != len(self.states.sequences):
+            return None
+        return call.positions.cpu().numpy(), tokens.cpu().numpy()
+
+    def _written(
+        self, output: np.ndarray, outcome: tuple[np.ndarray, np.ndarray] | None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """What the last call's block rows hold in the output, and the probabilities that call gave it."""
         logits = self.hooks.block_logits
         if logits is None or len(logits.positions) != len(output):
             return None
-        whole = [s.whole(row, None)[0] for s, row in zip(self.states.sequences, output, strict=True)]
+        rows = zip(*outcome, strict=True) if outcome is not None else [None] * len(output)
+        whole = [s.whole(row, at)[0] for s, row, at in zip(self.states.sequences, output, rows, strict=True)]
         tokens = np.full((len(whole), max(len(row) for row in whole)), -1, np.int64)
         for b, row in enumerate(whole):
             tokens[b, : len(row)] = row
