@@ -146,13 +146,15 @@ def _decode_one(plan: CapturePlan, number: int, recorder: Recorder, tell: Callab
     text = prompt.text if options.keep_text else None
     with recorder.request(dataset=prompt.dataset, prompt_tokens=len(ids), prompt=text):
         if options.loop == "own":
+            own = own_options(loaded, options)
             result = decode_own(
                 loaded.model,
                 ids,
                 gen_length=options.gen_length,
                 seed=seed,
                 recorder=recorder,
-                **own_options(loaded, options),
+                given=own["given"],
+                known=own["known"],
             )
             recorder.finish(result.ids)
         else:
@@ -169,11 +171,11 @@ def _decode_one(plan: CapturePlan, number: int, recorder: Recorder, tell: Callab
             if options.loop == "team":
                 result = decode_team(loaded.model, ids, **common)
             elif options.loop == "sdar":
-                result = decode_sdar(loaded.model, ids, temperature=options.temperature, seed=seed, **common)
+                result = decode_sdar(loaded.model, ids, temperature=options.temperature or 0.0, seed=seed, **common)
             else:
                 cached = bool(options.kv_cache)
                 result = decode_llada2(
-                    loaded.model, ids, temperature=options.temperature, seed=seed, kv_cache=cached, **common
+                    loaded.model, ids, temperature=options.temperature or 0.0, seed=seed, kv_cache=cached, **common
                 )
     tell(result.generated)
     return result.generated

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from tracer.errors import UserError
-from tracer.recording.recorder import Recorder, RecordOptions
+from tracer.recording.options import RecordOptions
+from tracer.recording.recorder import Recorder
 from tracer.schema import LEVELS
 
 

@@ -95,7 +95,8 @@ class Sequence:
         told = len(shown)
         if outcome is None:
             return shown, told
-        positions, token_ids = (array[outcome[0] >= 0] for array in outcome)
+        positions, token_ids = outcome
+        positions, token_ids = positions[positions >= 0], token_ids[positions >= 0]
         inside = positions < told
         if (token_ids[inside] != shown[positions[inside]])[shown[positions[inside]] >= 0].any():
             return shown, told
