@@ -146,13 +146,15 @@ def _decode_one(plan: CapturePlan, number: int, recorder: Recorder, tell: Callab
     text = prompt.text if options.keep_text else None
     with recorder.request(dataset=prompt.dataset, prompt_tokens=len(ids), prompt=text):
         if options.loop == "own":
+            own = own_options(loaded, options)
             result = decode_own(
                 loaded.model,
                 ids,
                 gen_length=options.gen_length,
                 seed=seed,
                 recorder=recorder,
-                **own_options(loaded, options),
+                given=own["given"],
+                known=own["known"],
             )
             recorder.finish(result.ids)
         else:

@@ -76,7 +76,9 @@ def decoding_facts(model: nn.Module, mask_id: int | None = None, eos_id: int | N
         return token if token is not None and token < vocabulary else None
 
     mask_id = setting(("mask_token_id",), config, outer) if mask_id is None else mask_id
-    eos_id = setting(("eos_token_id",), config, outer, generation) if eos_id is None else eos_id
+    # transformers' generate ends at what its generation config says, whatever the model's says.
+    ends = (config, outer) if generation is None else (generation,)
+    eos_id = setting(("eos_token_id",), *ends) if eos_id is None else eos_id
     block_length = setting(BLOCK_LENGTHS, config, outer)
     if family is not None:
         mask_id = known(family.mask_id) if mask_id is None else mask_id

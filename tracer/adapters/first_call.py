@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from tracer.adapters.gate import Gate, Routing, rows
 class FirstCall:
     """Listens to one block during its first call; ``close`` removes the hooks."""
 
-    def __init__(self, gate: Gate):
+    def __init__(self, gate: Gate, follows: Callable[[], bool] = lambda: True):
         self.gate = gate
+        self._follows = follows
         self.args: tuple = ()
         self.output: Any = None
         self.experts_call: tuple[tuple, dict] | None = None
@@ -32,13 +34,14 @@ class FirstCall:
 
     def _expert_hook(self, number: int):
         def keep(module, args, output):
-            if args and isinstance(args[0], torch.Tensor):
+            if self._follows() and args and isinstance(args[0], torch.Tensor):
                 self.calls.setdefault(number, []).append((rows(args[0]), output))
 
         return keep
 
     def _keep_experts_call(self, module, args, kwargs):
-        self.experts_call = (args, kwargs)
+        if self._follows():
+            self.experts_call = (args, kwargs)
 
     def close(self) -> None:
         """Remove the hooks and drop what they kept."""

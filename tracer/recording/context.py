@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from tracer.errors import UserError
-from tracer.recording.recorder import Recorder, RecordOptions
+from tracer.recording.options import RecordOptions
+from tracer.recording.recorder import Recorder
 from tracer.schema import LEVELS
 
 
@@ -102,11 +103,21 @@ def record(
         print(recorder.sentence, file=sys.stderr)
     try:
         yield recorder
-    except BaseException:
+    except BaseException as error:
         recorder.close(clean=False)
+        if type(error).__module__.startswith("torch._dynamo"):
+            raise UserError(
+                "The model was compiled (torch.compile) and called inside the recording, where hooks do not run; call it as it "
+                "was before compilation."
+            ) from error
         raise
     recorder.close(clean=True)
     if recorder.hooks.calls == 0:
         raise UserError(
             "No call of the model was seen, so there is nothing to record; decode inside the with-body, with this very model."
+        )
+    if out is not None and not quiet and recorder.unresolved:
+        print(
+            f"Whether {recorder.unresolved} masked tokens were accepted never became known; they count as not accepted.",
+            file=sys.stderr,
         )

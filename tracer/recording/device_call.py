@@ -45,6 +45,9 @@ class DeviceCall:
     kv_tokens: int
     gates: tuple[Gate, ...]
     announced: tuple[str, int, int] | None
+    passed: torch.Tensor | None = (
+        None  # what the loop passed as token_ids; it may write the outcome of the call into it
+    )
     routings: dict[int, Routing] = field(default_factory=dict)  # by place in gates
     watched: list[torch.Tensor] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # of the watched tensors
@@ -57,6 +60,13 @@ class DeviceCall:
     returned: bool = False
     begun: Any = None
     ended: Any = None
+
+    def written_back(self) -> torch.Tensor | None:
+        """The passed tensor [B, T] where the loop has written into it since the call, else None."""
+        if self.passed is None or self.passed.shape != self.token_ids.shape:
+            return None
+        now = self.passed.detach()
+        return None if torch.equal(now, self.token_ids) else now.clone()
 
     @property
     def num_rows(self) -> int:

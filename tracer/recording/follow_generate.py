@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tracer.decoding.own_generate import called_with
+from tracer.errors import UserError
 
 
 def follow_generate(model: nn.Module, recorder: Any) -> Callable[[], None]:
@@ -29,6 +30,9 @@ def follow_generate(model: nn.Module, recorder: Any) -> Callable[[], None]:
 
     @functools.wraps(generate)
     def follow(*args, **kwargs):
+        if not recorder.hooks.follows():
+            return generate(*args, **kwargs)
+        _refuse_beams(model, kwargs)
         recorder.follow_options(*called_with(generate, args, kwargs))
         prompt = next(
             (v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs")) if isinstance(v, torch.Tensor)), None
@@ -52,6 +56,18 @@ def follow_generate(model: nn.Module, recorder: Any) -> Callable[[], None]:
             setattr(model, "generate", own)  # noqa: B010
 
     return restore
+
+
+def _refuse_beams(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Beams and several answers to a prompt repeat and reorder the rows of a batch, which are requests here."""
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    for name in ("num_beams", "num_return_sequences"):
+        said = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        if (next((value for value in said if value is not None), None) or 1) > 1:
+            raise UserError(
+                f"generate was called with {name} above 1: beams and repeated prompts share and swap rows, so that no row is a "
+                f"request; record with {name}=1."
+            )
 
 
 def _token_ids(result: Any) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ in which it is settled how to read it and checked that it says what the experts 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,7 @@ class Hooks:
         self.announced: tuple[str, int, int] | None = None
         self.block_logits: BlockLogits | None = None
         self.calls = 0
+        self.last_call: DeviceCall | None = None
         self._call: DeviceCall | None = None
         self._first: dict[int, FirstCall] = {}
         self._outputs: dict[int, Any] = {}
@@ -53,6 +55,8 @@ class Hooks:
         self._rule: Gate | None = None
         self._gates_of = {root.role: gates.of_role(root.role) for root in gates.roots}
         self._parameters = {root.role: list(inspect.signature(root.module.forward).parameters) for root in gates.roots}
+        self._first_thread = self._thread = threading.current_thread()
+        self._other_threads = {each for each in threading.enumerate() if each is not self._first_thread}
         self._handles: list[Any] = []
         try:
             self._attach()
@@ -69,7 +73,7 @@ class Hooks:
                     hook = self._on_gate(root.role, place, gate)
                     self._handles.append(gate.module.register_forward_hook(hook))
                 if gate.read is None and gate.source == "gate":
-                    self._first[id(gate)] = FirstCall(gate)
+                    self._first[id(gate)] = FirstCall(gate, self.follows)
                     settle = self._after_block(root.role, place, gate)
                     self._settling[id(gate)] = gate.block.register_forward_hook(settle)
         if self.gates.head is not None:
@@ -82,10 +86,28 @@ class Hooks:
         for first in self._first.values():
             first.close()
         self._handles, self._first, self._outputs, self._settling = [], {}, {}, {}
-        self._call = self.block_logits = None
+        self._call = self.last_call = self.block_logits = None
+
+    def follows(self) -> bool:
+        """Whether this thread's calls are recorded.
+
+        The thread that began the recording, or one that was started since as long as that one calls nothing (a server or a
+        streamer that runs generate in a thread); one thread at a time. Calls of others run as if nobody recorded.
+        """
+        thread = threading.current_thread()
+        if thread is self._thread or torch.compiler.is_compiling():
+            return True
+        begun_here = thread is self._first_thread
+        may_follow = thread not in self._other_threads and (self.calls == 0 or self._thread is not self._first_thread)
+        if begun_here or (may_follow and not (self._thread.is_alive() and self._thread is not self._first_thread)):
+            self._thread, self._call = thread, None
+            return True
+        return False
 
     def _before(self, root: Root):
         def start(module, args, kwargs):
+            if not self.follows():
+                return
             if torch.compiler.is_compiling():
                 raise UserError(
                     "The model was compiled while it is recorded, where hooks do not run; leave torch.compile out."
@@ -115,7 +137,8 @@ class Hooks:
                 f"{root.name or 'The model'} was called without {root.ids_argument}; a trace needs token ids, not embeddings."
             )
         # The loop may write into the tensor it passed while the call is still being recorded.
-        token_ids = (token_ids if token_ids.dim() == 2 else token_ids.reshape(1, -1)).clone()
+        passed = token_ids if token_ids.dim() == 2 else token_ids.reshape(1, -1)
+        token_ids = passed.clone()
         batch, length = token_ids.shape
         cache = self._argument(root, "past_key_values", args, kwargs)
         cached = _cached_tokens(cache)
@@ -135,11 +158,11 @@ class Hooks:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
             positions = positions.masked_fill(mask[:, -length:].to(positions.device) == 0, -1)
         announced, self.announced = self.announced, None
-        return DeviceCall(root, token_ids, positions, cached, self._gates_of[root.role], announced)
+        return DeviceCall(root, token_ids, positions, cached, self._gates_of[root.role], announced, passed)
 
     def _on_gate(self, role: str, place: int, gate: Gate):
         def fired(module, args, output):
-            call = self._call
+            call = self._call if self.follows() else None
             if call is None or call.returned or call.root.role != role:
                 return
             if gate.read is not None:
@@ -154,7 +177,7 @@ class Hooks:
 
     def _after_block(self, role: str, place: int, gate: Gate):
         def settle(module, args, output):
-            call, first = self._call, self._first.get(id(gate))
+            call, first = self._call if self.follows() else None, self._first.get(id(gate))
             if call is None or first is None or call.root.role != role:
                 return
             if first.output is None and gate.module is not None:
@@ -185,7 +208,7 @@ class Hooks:
 
     def _on_experts(self, role: str, place: int, gate: Gate):
         def fired(module, args, kwargs):
-            call = self._call
+            call = self._call if self.follows() else None
             if call is None or call.returned or call.root.role != role:
                 return
             output = self._outputs.pop(id(gate), None)
@@ -197,7 +220,7 @@ class Hooks:
 
     def _after(self, root: Root):
         def returned(module, args, output):
-            call = self._call
+            call = self._call if self.follows() else None
             if call is None or call.root is not root:
                 return
             call.mark("ended")
@@ -207,7 +230,7 @@ class Hooks:
         return returned
 
     def _on_head(self, module, args, output):
-        call = self._call
+        call = self._call if self.follows() else None
         if call is None or not call.returned or not isinstance(output, torch.Tensor) or self._waits_for_note(call):
             return
         call.mark("ended")
@@ -256,6 +279,7 @@ class Hooks:
     def _finish(self, call: DeviceCall) -> None:
         self._call = None
         self.calls += 1
+        self.last_call = call
         self._on_call(call)
 
 

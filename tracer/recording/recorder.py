@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,33 +15,15 @@ from torch import nn
 from tracer.adapters.find import find_gates
 from tracer.adapters.gemma import follow_sampler
 from tracer.errors import UserError
-from tracer.families import decoding_facts
 from tracer.levels import USUAL_ROWS, level_sentence, row_bytes
 from tracer.memory import MemoryWriter
-from tracer.meta import read_meta
 from tracer.recording.describe import describe_model, describe_run
 from tracer.recording.follow_generate import follow_generate
 from tracer.recording.hooks import Hooks
 from tracer.recording.host_call import Branches
+from tracer.recording.options import RecordOptions, decoding_of, first_request_of
 from tracer.recording.sink import Sink
 from tracer.schema import KINDS, SCHEMA_VERSION, STOP_REASONS, tables_of
-
-
-@dataclass(slots=True)
-class RecordOptions:
-    """How to record; see :func:`tracer.recording.context.record`."""
-
-    level: str = "scores"
-    decoding: dict[str, Any] = field(default_factory=dict)
-    model_id: str | None = None
-    revision: str | None = None
-    adapter: Callable | None = None
-    force: bool = False
-    append: bool = False
-    compact: bool = False
-    first_request: int | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
 
 
 class Recorder:
@@ -51,8 +32,8 @@ class Recorder:
     def __init__(self, model: nn.Module, out: Any, options: RecordOptions):
         self._model, self._out, self._options = model, out, options
         self.gates = find_gates(model)
-        self.decoding = _decoding(model, options.decoding)
-        first_request = _first_request(out, options)
+        self.decoding = decoding_of(model, options.decoding)
+        first_request = first_request_of(out, options)
         self.sink = Sink(self.gates, options.level, self.decoding, first_request, self._open_writer)
         self.states = self.sink.states
         self.hooks = Hooks(
@@ -129,8 +110,9 @@ class Recorder:
         output = np.atleast_2d(torch.as_tensor(output_ids).detach().cpu().numpy().astype(np.int64))
         if len(output) != len(self.states.sequences):
             raise UserError(f"finish() got {len(output)} outputs for {len(self.states.sequences)} sequences under way.")
-        written = self._written(output)
-        self.states.finish(output, written=written, generated=generated, stop_reason=stop_reason)
+        outcome = self._outcome()
+        written = self._written(output, outcome)
+        self.states.finish(output, written=written, outcome=outcome, generated=generated, stop_reason=stop_reason)
 
     def announce(self, kind: str, block: int = -1, step: int = -1) -> None:
         """Say what the next model call is; a "denoise" call must be followed by :meth:`note`."""
@@ -258,12 +240,23 @@ class Recorder:
             **options.meta,
         }
 
-    def _written(self, output: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def _outcome(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Positions and tokens [B, T] of the last call as the loop left them in the tensor it passed, None if it did not."""
+        call = self.hooks.last_call
+        tokens = None if call is None else call.written_back()
+        if call is None or tokens is None or len(tokens) != len(self.states.sequences):
+            return None
+        return call.positions.cpu().numpy(), tokens.cpu().numpy()
+
+    def _written(
+        self, output: np.ndarray, outcome: tuple[np.ndarray, np.ndarray] | None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """What the last call's block rows hold in the output, and the probabilities that call gave it."""
         logits = self.hooks.block_logits
         if logits is None or len(logits.positions) != len(output):
             return None
-        whole = [s.whole(row, None)[0] for s, row in zip(self.states.sequences, output, strict=True)]
+        rows = zip(*outcome, strict=True) if outcome is not None else [None] * len(output)
+        whole = [s.whole(row, at)[0] for s, row, at in zip(self.states.sequences, output, rows, strict=True)]
         tokens = np.full((len(whole), max(len(row) for row in whole)), -1, np.int64)
         for b, row in enumerate(whole):
             tokens[b, : len(row)] = row
@@ -306,25 +299,3 @@ class Recorder:
             for restore in self._restore:
                 restore()
             self.sink.close(complete)
-
-
-def _decoding(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """The section ``decoding``: what the user said, completed from the model's configuration."""
-    facts = decoding_facts(model, given.get("mask_id"), given.get("eos_id"))
-    known = {"block_length": facts.block_length, "mask_id": facts.mask_id, "eos_id": facts.eos_id}
-    return {**known, **{key: value for key, value in given.items() if value is not None or key not in known}}
-
-
-def _first_request(out: Any, options: RecordOptions) -> int:
-    """Number of the first request; refuses a trace that is there before the model runs rather than after."""
-    known = options.first_request
-    if out is None or hasattr(out, "add_call") or not (Path(out) / "meta.json").exists():
-        return known or 0
-    from tracer.files.folder import last_state, there_already
-
-    if options.append:
-        state = last_state(Path(out), read_meta(Path(out)))
-        return max(state.held | state.ended, default=-1) + 1 if known is None else known
-    if not options.force:
-        raise there_already(Path(out))
-    return known or 0

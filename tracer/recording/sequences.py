@@ -25,6 +25,8 @@ class Sequence:
     kept: np.ndarray = field(default_factory=lambda: np.zeros(256, bool))
     furthest: int = -1
     first: int = -1  # position that the last call began at
+    padded: int = 0  # rows of padding before the prompt, and the position after them
+    first_position: int = 0
     _steps: dict[int, int] = field(default_factory=dict)
 
     def next_step(self, block: int) -> int:
@@ -39,6 +41,9 @@ class Sequence:
 
     def see(self, positions: np.ndarray, token_ids: np.ndarray, kind: str) -> None:
         """Note the tokens of a call, -1 where masked."""
+        if self.calls == 0 and (positions >= 0).any():
+            self.padded = int(np.argmax(positions >= 0))
+            self.first_position = int(positions[self.padded]) if self.padded else 0
         self.calls += 1
         self.denoised |= kind in ("denoise", "decode")
         self.first = int(positions[positions >= 0].min(initial=2**31 - 1))
@@ -71,19 +76,50 @@ class Sequence:
         self._reserve(int(positions.max(initial=-1)) + 1)
         self.kept[positions[positions >= 0]] = kept[positions >= 0]
 
-    def whole(self, output: np.ndarray, generated: int | None) -> tuple[np.ndarray, int]:
-        """The sequence by position and its generated tokens, from an output with or without the prompt in front."""
+    def whole(self, output: np.ndarray, outcome: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, int]:
+        """The sequence by position, -1 unknown, and how many of its positions the output tells.
+
+        Parameters
+        ----------
+        output : int64 [length]
+            By column: prompt and padding before it in front, or only what was generated.
+        outcome : (int64 [T], int64 [T]), optional
+            Positions of the last call and what the loop wrote there after it. A loop that fills its block and cuts the output
+            shows here what the output leaves out; where the two differ, the output alone counts.
+        """
         prompt = self.prompt_tokens or 0
         known = self.tokens[:prompt]
-        if len(output) >= prompt and (output[:prompt] == known)[known >= 0].all():
-            return output, len(output) - prompt if generated is None else generated
-        return np.concatenate((known, output)), len(output) if generated is None else generated
+        shown = np.concatenate((np.full(self.first_position, -1, np.int64), output[self.padded :]))
+        if not (len(shown) >= prompt and (shown[:prompt] == known)[(known >= 0) & (shown[:prompt] >= 0)].all()):
+            shown = np.concatenate((known, output))
+        told = len(shown)
+        if outcome is None:
+            return shown, told
+        positions, token_ids = outcome
+        positions, token_ids = positions[positions >= 0], token_ids[positions >= 0]
+        inside = positions < told
+        if (token_ids[inside] != shown[positions[inside]])[shown[positions[inside]] >= 0].any():
+            return shown, told
+        longer = np.full(max(told, int(positions.max(initial=-1)) + 1), -1, np.int64)
+        longer[:told] = shown
+        longer[positions[~inside]] = token_ids[~inside]
+        return longer, told
+
+    def generated(self, told: int | None, eos_id: int | None) -> int:
+        """Tokens decided after the prompt and before position ``told``, up to and with the end token."""
+        written = self.tokens[self._prompt : told]
+        end = np.flatnonzero(written == eos_id) if eos_id is not None else ()
+        return int(np.count_nonzero(written[: end[0] + 1 if len(end) else None] >= 0))
+
+    @property
+    def _prompt(self) -> int:
+        return self.prompt_tokens if self.prompt_tokens is not None else self.furthest + 1
 
     def row(self, block_length: int | None, eos_id: int | None, generated: int | None, stop_reason: str | None) -> dict:
         """The request's row of the trace."""
-        prompt = self.prompt_tokens if self.prompt_tokens is not None else self.furthest + 1
-        written = self.tokens[prompt:]
-        count = int((written >= 0).sum()) if generated is None else generated
+        prompt = self._prompt
+        count = self.generated(None, eos_id) if generated is None else generated
+        written = self.tokens[prompt : prompt + count]
         if stop_reason is None:
             stop_reason = "eos" if eos_id is not None and bool((written == eos_id).any()) else "length"
         return {

@@ -240,30 +240,36 @@ class StepStates:
         token_ids: np.ndarray | None = None,
         *,
         written: tuple[np.ndarray, np.ndarray] | None = None,
+        outcome: tuple[np.ndarray, np.ndarray] | None = None,
         generated: int | None = None,
         stop_reason: str | None = None,
     ) -> None:
         """End the open requests.
 
-        ``token_ids`` int64 [B, length]: the whole sequences by position, or only what was generated. Without them, masked
-        tokens of the last call stay unaccepted; a request with such tokens and no ``stop_reason`` gets no row ("interrupted").
+        ``token_ids`` int64 [B, length]: the whole sequences, or only what was generated. Without them, masked tokens of the
+        last call stay unaccepted; a request with such tokens and no ``stop_reason`` gets no row ("interrupted"). ``outcome``:
+        positions and tokens [B, T] of the last call as the loop left them.
         """
         ended = []
         for b, sequence in enumerate(self.sequences):
             interrupted, count = False, generated
             if token_ids is not None:
-                whole, count = sequence.whole(token_ids[b], generated)
-                places = np.arange(len(whole))
-                masked = np.zeros(len(whole), bool) if self.mask_id is None else whole == self.mask_id
+                after = None if outcome is None else (outcome[0][b], outcome[1][b])
+                whole, told = sequence.whole(token_ids[b], after)
+                places = np.flatnonzero(whole >= 0)
+                masked = np.zeros(len(places), bool) if self.mask_id is None else whole[places] == self.mask_id
                 given = None if written is None else (written[0][b], written[1][b])
-                self._resolve(sequence, places, whole, masked, ("", -1), given)
+                self._resolve(sequence, places, whole[places], masked, ("", -1), given)
+                sequence.learn(places[~masked], whole[places][~masked])
             for part in (p for w in self._waiting for p in w.parts if p.sequence is sequence):
                 if part.settle:
                     part.settle_rest()
-                left = int(part.open.sum()) if token_ids is None else 0
+                left = int(part.open.sum())
                 self.unresolved += left
-                interrupted |= left > 0
+                interrupted |= left > 0 and token_ids is None
                 part.open[:] = False
+            if token_ids is not None and count is None:
+                count = sequence.generated(told, self.eos_id)
             if sequence.calls and not (interrupted and stop_reason is None):
                 ended.append(sequence.row(self.block_length, self.eos_id, count, stop_reason))
         # A call may hold rows of several requests, so no row of a request is written before all their calls are.
