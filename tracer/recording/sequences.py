@@ -108,7 +108,7 @@ class Sequence:
     def generated(self, told: int | None, eos_id: int | None) -> int:
         """Tokens decided after the prompt and before position ``told``, up to and with the end token."""
         written = self.tokens[self._prompt : told]
-        end = np.flatnonzero(written == eos_id) if eos_id is not None else ()
+        end = np.flatnonzero(written == eos_id) if eos_id is not None else np.zeros(0, np.int64)
         return int(np.count_nonzero(written[: end[0] + 1 if len(end) else None] >= 0))
 
     @property
