@@ -42,7 +42,7 @@ def naive_hits(trace, residents):
     )
 
 
-@given(seed=st.integers(0, 10**6), budget=st.integers(0, 8), segments=st.integers(0, 4))
+@given(seed=st.integers(0, 10**6), budget=st.integers(0, 7), segments=st.integers(0, 4))
 @settings(max_examples=60, deadline=None)
 def test_popularity_of_another_trace_equals_lists_and_loops(seed, budget, segments):
     other, replayed = random_trace(seed, segments=segments), random_trace(seed + 1)
