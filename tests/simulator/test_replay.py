@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from simulator.cost import CostModel
@@ -201,6 +201,9 @@ def test_simulated_forwards_are_numbered_anew_and_carry_bounds():
 @settings(max_examples=15, deadline=None)
 def test_relabelling_experts_changes_no_figure_of_a_trace_without_ties(seed):
     trace = random_trace(seed, ties=False)
+    # Among float16 values two of a row may be drawn alike all the same.
+    rows = [row for piece in trace.pieces for n in piece.layers for row in piece.layer(n).gate_weights.tolist()]
+    assume(all(len(set(row)) == len(row) for row in rows))
     labels = np.random.default_rng(seed).permutation(E).astype(np.uint8)
     relabelled = replace(trace, pieces=[relabel(piece, labels) for piece in trace.pieces])
     # Policies whose rules name experts by id only to break ties between equal loads or uses.
