@@ -15,7 +15,7 @@ from simulator.budget import Budgeted
 from simulator.cost import CostModel
 from simulator.policy import ACTIVE, BRANCHES, CONFIDENCE, SCORES, TOKENS, WEIGHTS, Geometry
 from simulator.pricing import kernel_band, priced_on
-from simulator.registry import describe, load_policy
+from simulator.registry import describe, load_policy, name_of
 from simulator.streams.gather import geometry_of
 from simulator.streams.loads import loaded_geometry
 from tracer.errors import UserError
@@ -136,7 +136,7 @@ def check_hashable(axis: str, policy: Any) -> None:
     try:
         hash(policy)
     except TypeError:
-        name = describe(policy)["name"]
+        name = name_of(policy)
         raise UserError(
             f"The {axis} policy {name} must be a frozen dataclass: write @dataclass(frozen=True)."
         ) from None

@@ -16,7 +16,7 @@ import numpy as np
 from simulator.experiment import Experiment, make_experiments
 from simulator.expert_placement import PLACEMENTS, place_experts
 from simulator.policy import ExpertStream, Geometry
-from simulator.registry import describe
+from simulator.registry import describe, name_of
 from simulator.runs import trusted
 from simulator.streams.loads import add_loads
 from simulator.streams.routed import RoutedLayer, View
@@ -119,7 +119,7 @@ def parallel_runs(
     """
     groups, answers = list(product(gpus, placements)), []
     for one, watcher in _watched(trace, routings, groups, progress, threads):
-        simulated = describe(one.acceptance)["name"] != "recorded"
+        simulated = name_of(one.acceptance) != "recorded"
         estimate, trust = trusted(one.routing, watcher.geometry, simulated)
         notes = [trust, *getattr(trace, "notes", ()), *getattr(one.routing, "notes", ())]
         load = watcher.result()

@@ -95,11 +95,15 @@ def load_policy(axis: str, spec: str) -> Any:
     return policy(**values)
 
 
+def name_of(policy: Any) -> str:
+    """A policy's name: that of the file it is defined in."""
+    return type(policy).__module__.rsplit(".", 1)[-1]
+
+
 def describe(policy: Any) -> dict[str, Any]:
     """``{"name": ..., "parameters": {...}}`` of a policy object, parameters that are None left out."""
     parameters = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
-    name = type(policy).__module__.rsplit(".", 1)[-1]
-    return {"name": name, "parameters": {k: v for k, v in parameters.items() if v is not None}}
+    return {"name": name_of(policy), "parameters": {k: v for k, v in parameters.items() if v is not None}}
 
 
 def spec_of(policy: Any, name: str | None = None) -> str:
@@ -124,7 +128,7 @@ def answer_of(policy: Any, method: str, *arguments: Any) -> Any:
     """
     if type(policy).__module__.startswith("simulator."):
         return getattr(policy, method)(*arguments)
-    name = type(policy).__module__.rsplit(".", 1)[-1]
+    name = name_of(policy)
     try:
         answer = getattr(policy, method)(*arguments)
     except UserError:

@@ -10,7 +10,7 @@ from simulator.budget import Budgeted
 from simulator.cost import CostModel
 from simulator.experiment import Branch, Experiment
 from simulator.policy import Geometry
-from simulator.registry import describe
+from simulator.registry import describe, name_of
 from simulator.result import Run
 from simulator.speedups import Speedups
 from simulator.tallies.placement_tally import PlacementTally
@@ -98,7 +98,7 @@ def trusted(routing: Any, geometry: Geometry, simulated: bool) -> tuple[bool, st
     simulated : bool
         Whether any forward is not a recorded one.
     """
-    other = describe(routing)["name"] != "vanilla" or simulated
+    other = name_of(routing) != "vanilla" or simulated
     estimate = other and not (hasattr(routing, "recorded_in") and routing.recorded_in(geometry))
     return estimate, SIMULATED if simulated else OPEN_LOOP if estimate else EXACT
 
@@ -130,7 +130,7 @@ def budget_notes(residency: Any, geometry: Geometry, resident_bytes: int) -> tup
     device = residency.device_bytes
     empty = not allowed and device
     outgrown = getattr(residency, "on_demand", False) and resident_bytes > allowed
-    name = describe(residency)["name"] if empty or outgrown else ""
+    name = name_of(residency) if empty or outgrown else ""
     if empty:
         found.append(
             f"A device of {device / 1e9:.4g} GB leaves {name} no room for experts after other weights"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulator.cost import PARTS
-from simulator.pricing import priced_on
+from simulator.experiment import Machine
 from simulator.registry import describe
 from simulator.result import Run
 from simulator.sources import package_sources, policy_sources
@@ -60,7 +60,7 @@ def trace_identity(trace: Trace) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint(identity: str, policies: Sequence[Any], hardware: str | None, trace: Trace) -> str:
+def fingerprint(identity: str, policies: Sequence[Any], machine: Machine) -> str:
     """A hash of everything a run's figures follow from: trace, policies, machine, and this package's sources.
 
     Of the user's own policies the files count too, and of a trace to fit on its content, so that edited ones are run again.
@@ -73,8 +73,8 @@ def fingerprint(identity: str, policies: Sequence[Any], hardware: str | None, tr
             told.append(policy_sources(module))
         if getattr(policy, "fit_on", None) is not None:
             told.append(trace_identity(open_trace(policy.fit_on)))
-    if hardware is not None:
-        told.append(_plain(priced_on(hardware, trace.meta.model)))
+    if machine.spec is not None:
+        told.append(_plain((machine.cost, machine.note)))
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

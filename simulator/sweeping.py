@@ -166,7 +166,7 @@ def _points(
     for one, (_, routing_policy, residency_policy, machine) in zip(experiments, told, strict=True):
         names = {
             "trace": identity,
-            "key": fingerprint(identity, (one.acceptance, routing_policy, residency_policy), machine, trace),
+            "key": fingerprint(identity, (one.acceptance, routing_policy, residency_policy), one.machine),
             "model": trace.meta.model.id,
             "acceptance": spec_of(one.acceptance),
             "routing": policies["routing"][routing_policy],

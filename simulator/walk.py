@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from simulator.policy import ACTIVE, SCORES, ExpertStream, Geometry, Trajectory
-from simulator.registry import describe, load_policy
+from simulator.registry import load_policy, name_of
 from simulator.streams.gather import check_trajectory, current_block_rows, gather_layer, recorded_layer
 from simulator.streams.routed import RoutedLayer, View
 from simulator.streams.spool import StreamSpool
@@ -147,7 +147,7 @@ class Walk:
             run: dict[Any, tuple[Trajectory, np.ndarray, np.ndarray | None]] = {}
             for policy in numbered:
                 trajectory = policy.unroll(segment, self.geometry)
-                check_trajectory(trajectory, segment, describe(policy)["name"])
+                check_trajectory(trajectory, segment, name_of(policy))
                 ids = trajectory.forwards.forward_id
                 if not trajectory.recorded:
                     ids = np.arange(numbered[policy], numbered[policy] + len(ids), dtype=np.uint32)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from simulator.policy import ACTIVE, SCORES, ExpertStream, Geometry, Selection, Trajectory
-from simulator.registry import answer_of, describe
+from simulator.registry import answer_of, name_of
 from simulator.streams.stream import build_stream, merge_streams
 from tracer.trace import LayerTrace, Segment, without_rows
 
@@ -76,7 +76,7 @@ class RoutedLayer:
                 self.at,
                 self.view.geometry.num_experts,
                 self.layer.present,
-                describe(self.routing)["name"],
+                name_of(self.routing),
                 ordered=self.view.ordered,
             )
             self.view._streams[self.at] = self._stream

@@ -7,7 +7,7 @@ from typing import Any
 
 from simulator.cost import CostModel
 from simulator.policy import ExpertStream, Geometry
-from simulator.registry import answer_of, describe
+from simulator.registry import answer_of, name_of
 from simulator.result import cell_columns
 from simulator.streams.routed import RoutedLayer, View
 from simulator.streams.spool import Spool
@@ -42,7 +42,7 @@ class Placing(Watcher):
         tables: tuple[Spool, Any] | None,
     ) -> None:
         self.policy, self.geometry, self.routed, self.tables = policy, geometry, routed, tables
-        self.name = describe(policy)["name"]
+        self.name = name_of(policy)
         self.passes = policy.passes
         # Seconds are added up in the order of entries, and another order rounds them otherwise.
         self.ordered = bool(costs) or getattr(policy, "ordered", True)
