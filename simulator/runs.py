@@ -65,8 +65,8 @@ def make_runs(
         notes += [one.machine.note] if one.machine.note else []
         held = tally.resident_bytes + tally.staging_bytes
         notes += memory_notes(one.machine.cost, held) if one.machine.cost is not None else []
-        compared = speedups.of(one)
-        notes += speedups.notes(one)
+        compared, against = speedups.of(one)
+        notes += against
         latency = tally.latency(one.machine.cost, routed[branch].all_accepted)
         runs.append(
             Run(

@@ -67,25 +67,23 @@ class Speedups:
     ) -> None:
         self._geometry, self._routed, self._placed = geometry, routed, placed
 
-    def of(self, one: Experiment) -> dict[str, Any]:
-        """``speedup``: value, and low and high over the kernels of the band; ``speedup_residency``; null without latencies."""
+    def of(self, one: Experiment) -> tuple[dict[str, Any], list[str]]:
+        """``speedup``: value, and low and high over the kernels of the band; ``speedup_residency``; null without latencies.
+
+        Beside them the notes that say what they are against.
+        """
         machine = one.machine
         if machine.cost is None:
-            return {"speedup": None, "speedup_residency": None}
-        vanilla = vanilla_of(one)
+            return {"speedup": None, "speedup_residency": None}, []
+        vanilla, rivals = vanilla_of(one), rivals_of(one, self._geometry)
         value, *band = (self._ratio(vanilla, one, cost) for cost in (machine.cost, *machine.band))
         known = [ratio for ratio in band if ratio is not None]
-        against = [self._ratio(rival, one, machine.cost) for rival in rivals_of(one, self._geometry)]
-        return {
+        against = [self._ratio(rival, one, machine.cost) for rival in rivals]
+        ratios = {
             "speedup": None if value is None else {"value": value, "low": min(known), "high": max(known)},
             "speedup_residency": min((ratio for ratio in against if ratio is not None), default=None),
         }
-
-    def notes(self, one: Experiment) -> list[str]:
-        """What its ratios are against."""
-        if one.machine.cost is None:
-            return []
-        return [ROUTING_NOTE, *([RESIDENCY_NOTE] if rivals_of(one, self._geometry) else [])]
+        return ratios, [ROUTING_NOTE, *([RESIDENCY_NOTE] if rivals else [])]
 
     def _ratio(self, first: Experiment, other: Experiment, cost: CostModel) -> float | None:
         """Accepted tokens a second over the first's, or its latency over the other's where no token was accepted."""
