@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tracer.adapters.gate import setting, text_config
+from tracer.errors import UserError
 
 BLOCK_LENGTHS = ("block_length", "block_size", "canvas_length")
 
@@ -66,11 +67,21 @@ def family_of(model: nn.Module) -> Family | None:
 
 
 def decoding_facts(model: nn.Module, mask_id: int | None = None, eos_id: int | None = None) -> DecodingFacts:
-    """What a model's configuration and its family say about its decoding; ids that are given go before both."""
+    """What a model's configuration and its family say about its decoding; ids that are given go before both.
+
+    Raises
+    ------
+    UserError
+        A given id is none of the model's vocabulary.
+    """
     family = family_of(model)
     config, outer = text_config(model), getattr(model, "config", None)
     generation = getattr(model, "generation_config", None)
     vocabulary = setting(("vocab_size",), config, outer) or 0
+
+    for name, token in (("mask_id", mask_id), ("eos_id", eos_id)):
+        if token is not None and vocabulary and not 0 <= token < vocabulary:
+            raise UserError(f"{name}={token} lies outside the model's vocabulary of {vocabulary} tokens.")
 
     def known(token: int | None) -> int | None:
         return token if token is not None and token < vocabulary else None

@@ -153,6 +153,12 @@ def test_denoising_without_a_known_mask_is_refused():
     assert {call.parts[0]["kind"] for call in recorder.calls} == {"denoise"}
 
 
+@pytest.mark.parametrize("given", [{"mask_id": 500}, {"eos_id": 500}])
+def test_ids_outside_the_vocabulary_are_refused(given):
+    with pytest.raises(UserError, match=r"_id=500 lies outside the model's vocabulary of 500 tokens"):
+        decoding_facts(bare(vocab_size=500), **given)
+
+
 @pytest.mark.parametrize("kv_cache", [False, True])
 def test_autoregressive_decoding_needs_no_mask(kv_cache):
     model = tiny_model("sdar")
